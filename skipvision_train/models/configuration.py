@@ -207,14 +207,15 @@ class SkipVisionConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config if text_config is not None else LlamaConfig()
+        text: LlamaConfig = LlamaConfig() if text_config is None else text_config
+        self.text_config = text
         self.vision = asdict(_build(VisionConfig, vision or {}, "vision"))
         self.connector = asdict(_build(ConnectorConfig, connector or {}, "connector"))
         self.reducer = asdict(_build(ReducerConfig, reducer or {}, "reducer"))
         self.image_token_id = image_token_id
         self.skip_plan = skip_plan
         self._check()
-        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        kwargs.setdefault("tie_word_embeddings", text.tie_word_embeddings)
         super().__init__(**kwargs)
 
     def _check(self) -> None:
