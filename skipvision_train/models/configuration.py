@@ -1,7 +1,7 @@
 """The model's configuration: what ``config.json`` holds, and the counts that follow from it.
 
-Every dimension is stated once. Grid sizes, token counts and the order of an image's tokens are derived here, so that the
-processor knows an image's token kinds before any model is built.
+Every dimension is stated once. Grid sizes, token counts and the order of an image's tokens are derived here, so that
+the processor knows an image's token kinds before any model is built.
 """
 
 from __future__ import annotations
@@ -205,10 +205,8 @@ class SkipVisionConfig(PreTrainedConfig):
         skip_plan: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        text: LlamaConfig = LlamaConfig() if text_config is None else text_config
-        self.text_config = text
+        text = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
+        self.text_config: PreTrainedConfig = text
         self.vision = asdict(_build(VisionConfig, vision or {}, "vision"))
         self.connector = asdict(_build(ConnectorConfig, connector or {}, "connector"))
         self.reducer = asdict(_build(ReducerConfig, reducer or {}, "reducer"))

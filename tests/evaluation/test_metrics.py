@@ -1,0 +1,84 @@
+"""Scores against hand-worked values."""
+
+import math
+
+import pytest
+
+from skipvision_train.evaluation.metrics import (
+    Accuracy,
+    accuracy,
+    accuracy_interval,
+    exact_match,
+    mean_accuracy,
+    normalise_answer,
+)
+
+
+@pytest.mark.parametrize(
+    ("raw", "normalised"),
+    [
+        ("  Seven.\n", "seven"),
+        ('"Red  Circle"', "red circle"),
+        ("-5", "-5"),
+        ("3.50.", "3.50"),
+        ("1:30", "1:30"),
+        ("STRASSE", "strasse"),
+        ("(B)", "b"),
+    ],
+)
+def test_normalise(raw, normalised):
+    assert normalise_answer(raw) == normalised
+    assert normalise_answer(normalised) == normalised
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [("Yes.", "yes", True), ("yes it is", "yes", False), ("-5", "5", False), ("", "", False), (" . ", ".", False)],
+)
+def test_exact_match(prediction, answer, right):
+    assert exact_match(prediction, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        # Wilson 1927 by hand with z = 1.96; 0/10 is (0, z2 / (n + z2)).
+        (0, 10, 0.0, 0.27754),
+        (10, 10, 0.72246, 1.0),
+        (5, 10, 0.23659, 0.76341),
+        (81, 263, 0.25525, 0.36621),  # Newcombe 1998, Table I: 0.2553 to 0.3662
+        (15, 148, 0.06245, 0.16055),  # same table: 0.0624 to 0.1605
+    ],
+)
+def test_wilson(correct, total, low, high):
+    assert accuracy_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 5)])
+def test_impossible_counts(correct, total):
+    with pytest.raises(ValueError, match=f"{correct} correct of {total}"):
+        accuracy_interval(correct, total)
+
+
+def test_mean_is_over_tasks_not_over_answers():
+    mean = mean_accuracy([accuracy(1000, 1000), accuracy(0, 10)])
+    assert mean.value == 0.5
+    assert mean.total == 1010
+
+
+def test_mean_interval_by_hand():
+    tasks = [Accuracy(0.5, 0.4, 0.6, 100), Accuracy(0.8, 0.5, 0.9, 20)]
+    mean = mean_accuracy(tasks)
+    assert mean.value == pytest.approx(0.65)
+    assert mean.low == pytest.approx(0.65 - math.sqrt(0.01 + 0.09) / 2)
+    assert mean.high == pytest.approx(0.65 + math.sqrt(0.01 + 0.01) / 2)
+
+
+def test_one_task_keeps_its_interval():
+    one = accuracy(7, 9)
+    mean = mean_accuracy([one])
+    assert (mean.value, mean.low, mean.high) == pytest.approx((one.value, one.low, one.high))
+
+
+def test_perfect_tasks_keep_some_uncertainty():
+    assert mean_accuracy([accuracy(20, 20), accuracy(30, 30)]).low < 0.95
