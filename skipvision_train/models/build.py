@@ -16,7 +16,8 @@ from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.loading import LoadReport
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.models.scaling import scale_resampler
-from skipvision_train.models.vision import load_vision_weights, read_vision_checkpoint, resize_position_embedding
+from skipvision_train.models.vision import load_vision_weights, resize_position_embedding
+from skipvision_train.models.vision_formats import read_vision_checkpoint
 
 POSITION_EMBEDDING = "positional_embedding"
 

@@ -3,6 +3,8 @@
 Imports neither Hydra nor a tokenizer nor the trainer.
 """
 
+from skipvision_train.plans.cache import bytes_held
+from skipvision_train.plans.executor import Attachment, attach, find_decoder
 from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.methods import dense, ffn_skip, shortv, skip_ffn, vskip
 from skipvision_train.plans.plan import DENSE_RULE, VISUAL, Kinds, LayerRule, SkipPlan, TokenKind, compose
@@ -10,14 +12,18 @@ from skipvision_train.plans.plan import DENSE_RULE, VISUAL, Kinds, LayerRule, Sk
 __all__ = [
     "DENSE_RULE",
     "VISUAL",
+    "Attachment",
     "Kinds",
     "LayerRule",
     "SkipPlan",
     "TokenKind",
     "TokenLayout",
+    "attach",
+    "bytes_held",
     "compose",
     "dense",
     "ffn_skip",
+    "find_decoder",
     "shortv",
     "skip_ffn",
     "vskip",

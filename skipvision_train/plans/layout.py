@@ -67,6 +67,11 @@ class TokenLayout:
             mask &= self.document_ids[:, :, None] == self.document_ids[:, None, :]
         return mask | torch.eye(length, dtype=torch.bool, device=mask.device)
 
+    def columns(self, start: int, stop: int) -> TokenLayout:
+        """The layout of the columns ``start`` to ``stop``; positions and documents stay as they are."""
+        documents = None if self.document_ids is None else self.document_ids[:, start:stop]
+        return TokenLayout(self.kinds[:, start:stop], self.position_ids[:, start:stop], documents)
+
     def to(self, device: torch.device | str) -> TokenLayout:
         """A copy on another device."""
         documents = None if self.document_ids is None else self.document_ids.to(device)

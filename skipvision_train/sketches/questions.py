@@ -40,7 +40,7 @@ class Question:
 def caption(sketch: Sketch) -> str:
     """One line that names everything visible, in a fixed order: raster order of objects, left to right otherwise."""
     if isinstance(sketch, TextCard):
-        return f"text: {sketch.text}."
+        return f'text "{sketch.text}".'
     if isinstance(sketch, Chart):
         return "bars: " + ", ".join(f"{bar.name} {bar.height}" for bar in sketch.bars) + "."
     objects = ", ".join(f"{o.place} {o.colour} {o.shape}" for o in sketch.objects)

@@ -46,8 +46,8 @@ def test_exact_match(prediction, answer, right):
         (0, 10, 0.0, 0.27754),
         (10, 10, 0.72246, 1.0),
         (5, 10, 0.23659, 0.76341),
-        (81, 263, 0.25525, 0.36621),  # Newcombe 1998, Table I: 0.2553 to 0.3662
-        (15, 148, 0.06245, 0.16055),  # same table: 0.0624 to 0.1605
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I
+        (15, 148, 0.0624, 0.1605),  # the same table
     ],
 )
 def test_wilson(correct, total, low, high):

@@ -53,7 +53,7 @@ def test_stage_starts_from_the_previous_one_at_another_resolution(pretrained, ti
     for name in a:
         if name.startswith("language_model."):
             assert torch.equal(a[name], b[name]), name
-    position = "vision_tower.visual.positional_embedding"
+    position = "vision_tower.positional_embedding"
     assert b[position].shape == (1 + 8 * 8, 32)
     assert torch.equal(a[position][0], b[position][0])
     inner = [n for n in a if n.startswith("vision_tower.") and n != position]

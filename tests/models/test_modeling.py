@@ -57,6 +57,7 @@ def plans():
     return [dense(LAYERS), skip_ffn(LAYERS), skip_ffn(LAYERS, evict=()), shortv(LAYERS, [1, 2]), everything]
 
 
+@torch.no_grad()
 def test_dense_plan_is_the_stock_language_model_bit_for_bit(model):
     inputs = batch(model, [row(model, 5, "i", 6, 7)])
     embeds = model.language_model.get_input_embeddings()(inputs["input_ids"])

@@ -1,0 +1,245 @@
+"""The typed configuration of ``skipvision train``: what YAML files and overrides may say.
+
+Mutable mirrors of the model's frozen configuration classes stand here, because Hydra composes into them and because
+this module must not import torch. A test holds their fields and defaults equal to the originals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TextSpec:
+    """The dimensions of a LLaMA; LLaMA-3-8B by default. Read only if no weights are given (``model.llm`` null)."""
+
+    vocab_size: int = 128256
+    """Rows of the embedding and of the LM head; must hold every id of the tokenizer."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    intermediate_size: int = 14336
+    """Width of the feed-forward network."""
+    num_hidden_layers: int = 32
+    """Decoder layers; a plan has one rule for each."""
+    num_attention_heads: int = 32
+    """Query heads."""
+    num_key_value_heads: int = 8
+    """Key and value heads; divides the query heads."""
+    max_position_embeddings: int = 8192
+    """Longest sequence the rotary embedding is meant for; ``data.max_length`` may not exceed it."""
+    rope_theta: float = 500000.0
+    """Base of the rotary angles."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of the norms."""
+    tie_word_embeddings: bool = False
+    """The LM head shares the embedding's weights."""
+
+
+@dataclass
+class VisionSpec:
+    """The CLIP tower; see ``models.configuration.VisionConfig`` for the meaning of each field."""
+
+    image_size: int = 448
+    """Pixels per side; a multiple of ``patch_size``. The position embedding is interpolated to it."""
+    patch_size: int = 14
+    """Pixels per side of a patch."""
+    width: int = 1024
+    """Channels."""
+    layers: int = 24
+    """Blocks."""
+    heads: int = 16
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP over ``width``."""
+    quick_gelu: bool = True
+    """OpenAI's activation; must agree with the weights."""
+    depths: list[int] = field(default_factory=lambda: [15, 22])
+    """Hidden states that the connector reads; i is the output of block i, counted from 1."""
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    """Subtracted from pixels in [0, 1]."""
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    """Divides them."""
+
+
+@dataclass
+class ConnectorSpec:
+    """The multi-scale resampler (Chain-of-Sight), coarsest level first."""
+
+    windows: list[int] = field(default_factory=lambda: [32, 4, 2])
+    """Window side of each level in patches; strictly decreasing, each divides the patch grid."""
+    queries: list[int] = field(default_factory=lambda: [16, 256, 1024])
+    """Visual tokens of each level; a multiple of the level's number of windows."""
+    head_dim: int = 64
+    """Channels per attention head."""
+
+
+@dataclass
+class ReducerSpec:
+    """What happens to the finest level's tokens before the language model."""
+
+    skip_finest: bool = True
+    """The finest level's tokens are SKIPPED ones; false is the dense arrangement."""
+    local_keep: int | None = 256
+    """Merge the finest level down to so many tokens; null merges nothing."""
+    summary: str = "both"
+    """Summary tokens: both, former, latter or none."""
+    former_over: str = "middle"
+    """What the former summarises: middle (released code) or retained (paper)."""
+    last_local_ffn: bool = True
+    """The last local token runs the FFN and stays in the cache."""
+
+
+@dataclass
+class ModelSpec:
+    """The model of a stage."""
+
+    llm: str | None = None
+    """Directory of a LLaMA-architecture model with tokenizer; null builds ``text`` with random weights."""
+    text: TextSpec = field(default_factory=TextSpec)
+    """Dimensions of the language model where no weights say them."""
+    tokenizer: str | None = None
+    """Tokenizer directory; null takes ``llm``'s, or that of the checkpoint the stage starts from."""
+    vision_weights: str | None = None
+    """CLIP checkpoint (open_clip or OpenAI file, transformers directory); null starts from random weights."""
+    vision_architecture: str | None = None
+    """open_clip name such as ViT-L-14, needed for a bare weights file."""
+    from_scratch: bool = False
+    """Allow parts without weights to be trained from random ones; without it that is an error."""
+    vision: VisionSpec = field(default_factory=VisionSpec)
+    """The vision tower."""
+    connector: ConnectorSpec = field(default_factory=ConnectorSpec)
+    """The resampler."""
+    reducer: ReducerSpec = field(default_factory=ReducerSpec)
+    """Skipping, merging, summary tokens."""
+    image_token: str = "<|reserved_special_token_0|>"
+    """The tokenizer's token that stands for one visual token; never seen by the language model itself."""
+    plan: str = "dense"
+    """``dense``, ``skip_ffn`` (Skip-Vision), or a plan file as ``skipvision calibrate`` writes it."""
+
+
+@dataclass
+class RatesSpec:
+    """Peak learning rate of each part; null freezes the part."""
+
+    vision: float | None = None
+    """The CLIP tower."""
+    connector: float | None = None
+    """The resampler."""
+    reducer: float | None = None
+    """The summary tokens' scorer."""
+    llm: float | None = None
+    """The language model with embedding and LM head."""
+
+
+@dataclass
+class StageSpec:
+    """What trains, how fast, and from where."""
+
+    name: str = "sft"
+    """Names the stage in logs and in the run's folder."""
+    start_from: str | None = None
+    """Model directory of the previous stage (``<run>/model`` or a complete ``checkpoint-N``); its resampler is scaled
+    to this stage's resolution. null builds the model from ``model.llm`` and ``model.vision_weights``."""
+    template: str = "llama3"
+    """Chat template; ``plain`` is image, caption, end."""
+    lr: RatesSpec = field(default_factory=RatesSpec)
+    """Learning rates; at least one part must train."""
+    schedule: str = "cosine"
+    """cosine, linear or constant, after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of all steps over which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decay; norms and biases never decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+
+@dataclass
+class DataSpec:
+    """The training data."""
+
+    recipe: str = "???"
+    """Name of a file in ``data_recipes/``, or the path of a recipe file."""
+    root: str | None = None
+    """Directory that the recipe's paths are relative to."""
+    max_length: int = 2048
+    """Longest sequence in tokens, visual ones included."""
+    on_error: str = "error"
+    """A record that cannot be used: ``error`` stops the run, ``skip`` counts and logs it."""
+    error_budget: int = 100
+    """With ``skip``: so many unusable records stop the run."""
+
+
+@dataclass
+class TrainerSpec:
+    """How the stage is run."""
+
+    output_dir: str = "???"
+    """The run's folder: checkpoints, metrics.jsonl, config.yaml and the finished ``model``."""
+    max_steps: int | None = None
+    """Optimizer steps; exactly one of this and ``epochs``."""
+    epochs: float | None = None
+    """Passes over the data."""
+    per_device_batch: int = 8
+    """Samples of one forward pass of one process."""
+    global_batch: int = 128
+    """Samples of one optimizer step of all processes; the accumulation follows from it."""
+    seed: int = 0
+    """Seeds weights, data order and samplers."""
+    precision: str = "bf16"
+    """fp32, or bf16 (autocast; under DeepSpeed bf16 weights with fp32 masters)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between two checkpoints; 0 saves only the finished model."""
+    keep_checkpoints: int = 2
+    """Newest complete checkpoints that are kept; 0 keeps all."""
+    workers: int = 4
+    """Processes that decode data, per training process; 0 decodes in the training process."""
+    resume: str = "auto"
+    """auto continues from the newest complete checkpoint; never refuses a folder that already holds a run."""
+    progress_bar: bool = True
+    """Show one on the terminal."""
+    wandb: str = "off"
+    """off, offline or online."""
+    wandb_project: str = "skipvision"
+    """Project that runs are logged under."""
+
+
+@dataclass
+class DeepSpeedSpec:
+    """The part of DeepSpeed's settings that a run chooses; batch sizes, precision and clipping follow from the rest."""
+
+    stage: int = 2
+    """ZeRO stage: 1 shards optimizer states, 2 gradients as well, 3 weights as well."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the CPU's memory."""
+    offload_param: bool = False
+    """Keep the sharded weights in the CPU's memory; stage 3 only."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on."""
+    bucket_size: int = 200_000_000
+    """Elements that are reduced or gathered at once; more is faster and takes more memory."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further top-level keys of DeepSpeed's JSON, taken as they are."""
+
+
+@dataclass
+class TrainConfig:
+    """Settings of ``skipvision train``."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The model."""
+    stage: StageSpec = field(default_factory=StageSpec)
+    """The stage."""
+    data: DataSpec = field(default_factory=DataSpec)
+    """The data."""
+    trainer: TrainerSpec = field(default_factory=TrainerSpec)
+    """The run."""
+    deepspeed: DeepSpeedSpec | None = None
+    """null trains without DeepSpeed (one process, or DistributedDataParallel under torchrun)."""
+    dry_run: bool = False
+    """Show what would be trained, and stop. Needs no weights, no data and no GPU."""

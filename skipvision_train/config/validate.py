@@ -1,0 +1,214 @@
+"""Rules between fields. Every message begins with the field's path and says the value and what would be accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from skipvision_train.config.specs import DeepSpeedSpec, ModelSpec, StageSpec, TextSpec, TrainConfig, TrainerSpec
+from skipvision_train.errors import ConfigError, PlanError
+
+PLAN_NAMES = ("dense", "skip_ffn")
+OWNED_BY_THE_RUN = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+)
+
+
+def validate(cfg: TrainConfig, world_size: int) -> None:
+    """Check everything that needs neither weights nor data.
+
+    Args:
+        cfg: the composed configuration.
+        world_size: number of training processes.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    _check_text(cfg.model.text)
+    _check_model(cfg.model)
+    _check_stage(cfg.stage)
+    _check_data(cfg)
+    _check_trainer(cfg.trainer, world_size)
+    if cfg.deepspeed is not None:
+        _check_deepspeed(cfg.deepspeed)
+
+
+def check_sources(cfg: TrainConfig) -> None:
+    """Refuse to train from random weights that nobody asked for. A dry run needs no weights and skips this.
+
+    Raises:
+        ConfigError: a part without weights, and ``model.from_scratch`` is false.
+    """
+    if cfg.stage.start_from is not None:
+        if cfg.model.llm is not None:
+            raise ConfigError("model.llm: must be null where stage.start_from gives all weights")
+        if cfg.model.vision_weights is not None:
+            raise ConfigError("model.vision_weights: must be null where stage.start_from gives all weights")
+        _exists("stage.start_from", cfg.stage.start_from)
+        return
+    for path, value, what in (
+        ("model.llm", cfg.model.llm, "the directory of a LLaMA-architecture model"),
+        ("model.vision_weights", cfg.model.vision_weights, "a CLIP checkpoint"),
+    ):
+        if value is not None:
+            _exists(path, value)
+        elif not cfg.model.from_scratch:
+            raise ConfigError(
+                f"{path}: null would train from random weights; give {what}, set stage.start_from, or say "
+                "model.from_scratch=true"
+            )
+
+
+def accumulation(trainer: TrainerSpec, world_size: int) -> int:
+    """Forward passes of one process per optimizer step.
+
+    Raises:
+        ConfigError: the global batch is no multiple of what the processes take at once.
+    """
+    at_once = trainer.per_device_batch * world_size
+    steps, rest = divmod(trainer.global_batch, at_once)
+    if rest or not steps:
+        near = sorted({max(at_once, steps * at_once), (steps + 1) * at_once})
+        raise ConfigError(
+            f"trainer.global_batch: {trainer.global_batch} is no multiple of trainer.per_device_batch "
+            f"{trainer.per_device_batch} x {world_size} processes = {at_once}; use {' or '.join(map(str, near))}"
+        )
+    return steps
+
+
+def _one_of(path: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in (options := list(allowed)):
+        raise ConfigError(f"{path}: {value!r} is unknown; use {', '.join(options)}")
+
+
+def _at_least(path: str, value: float | None, least: float) -> None:
+    if value is not None and not (value >= least and math.isfinite(value)):
+        raise ConfigError(f"{path}: {value} is out of range; use {least} or more")
+
+
+def _exists(path: str, value: str) -> None:
+    if not Path(value).exists():
+        raise ConfigError(f"{path}: {value} does not exist")
+
+
+def _check_text(text: TextSpec) -> None:
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        _at_least(f"model.text.{name}", getattr(text, name), 1)
+    _at_least("model.text.num_key_value_heads", text.num_key_value_heads, 1)
+    if text.hidden_size % text.num_attention_heads or text.hidden_size // text.num_attention_heads % 2:
+        raise ConfigError(
+            f"model.text.hidden_size: {text.hidden_size} must be an even multiple of model.text.num_attention_heads "
+            f"{text.num_attention_heads}"
+        )
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise ConfigError(
+            f"model.text.num_key_value_heads: {text.num_key_value_heads} does not divide "
+            f"model.text.num_attention_heads {text.num_attention_heads}"
+        )
+
+
+def _check_model(model: ModelSpec) -> None:
+    from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, SkipVisionConfig, VisionConfig
+    from skipvision_train.plans.plan import SkipPlan
+
+    try:
+        vision = VisionConfig(**dataclasses.asdict(model.vision))
+        connector = ConnectorConfig(**dataclasses.asdict(model.connector))
+        connector.check_grid(vision.grid)
+        SkipVisionConfig(vision=vision, connector=connector, reducer=ReducerConfig(**dataclasses.asdict(model.reducer)))
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
+    if vision.width % connector.head_dim:
+        raise ConfigError(
+            f"model.connector.head_dim: {connector.head_dim} does not divide model.vision.width {vision.width}"
+        )
+    if model.plan in PLAN_NAMES:
+        if model.plan == "skip_ffn" and not model.reducer.skip_finest:
+            raise ConfigError(
+                "model.plan: skip_ffn skips nothing where model.reducer.skip_finest is false; use model.plan=dense"
+            )
+        return
+    if not Path(model.plan).is_file():
+        raise ConfigError(f"model.plan: {model.plan!r} is neither {' nor '.join(PLAN_NAMES)} nor a plan file")
+    try:
+        plan = SkipPlan.load(model.plan)
+        if model.llm is None:
+            plan.check_depth(model.text.num_hidden_layers)
+    except PlanError as error:
+        raise ConfigError(f"model.plan: {error}") from error
+
+
+def _check_stage(stage: StageSpec) -> None:
+    rates = dataclasses.asdict(stage.lr)
+    for part, rate in rates.items():
+        if rate is not None and not 0 < rate < 1:
+            raise ConfigError(f"stage.lr.{part}: {rate} is out of range; use a rate between 0 and 1, or null to freeze")
+    if all(rate is None for rate in rates.values()):
+        raise ConfigError(f"stage.lr: every part is frozen; give at least one of {', '.join(rates)} a rate")
+    _one_of("stage.schedule", stage.schedule, ("cosine", "linear", "constant"))
+    if not 0 <= stage.warmup_ratio < 1:
+        raise ConfigError(f"stage.warmup_ratio: {stage.warmup_ratio} is out of range; use 0 to less than 1")
+    _at_least("stage.weight_decay", stage.weight_decay, 0)
+    _at_least("stage.max_grad_norm", stage.max_grad_norm, 0)
+
+
+def _check_data(cfg: TrainConfig) -> None:
+    data = cfg.data
+    _one_of("data.on_error", data.on_error, ("error", "skip"))
+    _at_least("data.error_budget", data.error_budget, 0)
+    tokens = sum(cfg.model.connector.queries)
+    if cfg.model.reducer.local_keep is not None:
+        tokens += cfg.model.reducer.local_keep - cfg.model.connector.queries[-1]
+    if data.max_length <= tokens:
+        raise ConfigError(
+            f"data.max_length: {data.max_length} has no room for text beside the {tokens} visual tokens of one image"
+        )
+    longest = cfg.model.text.max_position_embeddings
+    if cfg.model.llm is None and cfg.stage.start_from is None and data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length: {data.max_length} is more than model.text.max_position_embeddings {longest}"
+        )
+
+
+def _check_trainer(trainer: TrainerSpec, world_size: int) -> None:
+    if (trainer.max_steps is None) == (trainer.epochs is None):
+        raise ConfigError(
+            f"trainer.max_steps: {trainer.max_steps} with trainer.epochs {trainer.epochs}; give exactly one of them, the "
+            "other null"
+        )
+    _at_least("trainer.max_steps", trainer.max_steps, 1)
+    if trainer.epochs is not None and not 0 < trainer.epochs < math.inf:
+        raise ConfigError(f"trainer.epochs: {trainer.epochs} is out of range; use a number above 0")
+    for name, least in (("per_device_batch", 1), ("global_batch", 1), ("log_every", 1), ("seed", 0)):
+        _at_least(f"trainer.{name}", getattr(trainer, name), least)
+    for name in ("save_every", "keep_checkpoints", "workers"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 0)
+    _one_of("trainer.precision", trainer.precision, ("fp32", "bf16"))
+    _one_of("trainer.resume", trainer.resume, ("auto", "never"))
+    _one_of("trainer.wandb", trainer.wandb, ("off", "offline", "online"))
+    accumulation(trainer, world_size)
+
+
+def _check_deepspeed(spec: DeepSpeedSpec) -> None:
+    if spec.stage not in (1, 2, 3):
+        raise ConfigError(f"deepspeed.stage: {spec.stage} is unknown; use 1, 2 or 3")
+    if spec.offload_param and spec.stage != 3:
+        raise ConfigError(
+            f"deepspeed.offload_param: true needs sharded weights, deepspeed.stage 3, not {spec.stage}; "
+            "use deepspeed=zero3 or deepspeed.offload_param=false"
+        )
+    _at_least("deepspeed.bucket_size", spec.bucket_size, 1)
+    if owned := sorted(set(spec.extra) & set(OWNED_BY_THE_RUN)):
+        raise ConfigError(
+            f"deepspeed.extra: {', '.join(owned)} follows from trainer, stage and deepspeed; leave it out"
+        )

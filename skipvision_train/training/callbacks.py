@@ -1,0 +1,72 @@
+"""What happens around a training step: the metrics file, and the sampler's epoch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from skipvision_train.training.batching import EpochSampler
+
+
+class MetricsFile(TrainerCallback):
+    """Append every logged step to a JSON-lines file, on the first process.
+
+    A run that continues from step N drops the lines after N that the interrupted run had written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut the file back to the step that training continues from."""
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the line of a step; the summary that transformers logs at the end has no ``loss`` and is left out."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a crash is left out."""
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number + 1 < len(lines):
+                raise
+    return rows
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tell the sampler which epoch begins, also when a run continues in the middle of one."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """``state.epoch`` counts finished epochs, with the share of the current one."""
+        self.sampler.set_epoch(int(state.epoch or 0))

@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there, the finished model, and the record of what a run was configured to do.
+
+A run's folder::
+
+    config.yaml      what the run was configured to do
+    metrics.jsonl    one line per logged step
+    checkpoint-N/    state after step N; complete if COMPLETE.json is there and every listed file has its listed size
+    model/           the finished model; written under another name, checked, renamed
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from skipvision_train.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+MARKER = "COMPLETE.json"
+FINISHED = "model"
+PARTIAL = "model.partial"
+CONFIG = "config.yaml"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+HARMLESS = (
+    "dry_run",
+    "data.error_budget",
+    "trainer.keep_checkpoints",
+    "trainer.log_every",
+    "trainer.output_dir",
+    "trainer.progress_bar",
+    "trainer.resume",
+    "trainer.save_every",
+    "trainer.wandb",
+    "trainer.wandb_project",
+    "trainer.workers",
+)
+"""Fields that may change between two starts of one run: they do not change what is learnt."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint was written by.
+
+    Attributes:
+        step: optimizer steps done.
+        processes: training processes; DeepSpeed's shards fit this number only.
+        engine: ``none``, or the ZeRO stage as ``zero2``.
+    """
+
+    step: int
+    processes: int
+    engine: str
+
+    def check_fits(self, other: CheckpointInfo, path: Path) -> None:
+        """Refuse to continue with another engine, or with other shards than were written.
+
+        Raises:
+            CheckpointError: naming both.
+        """
+        if self.engine != other.engine:
+            raise CheckpointError(
+                f"{path}: written with deepspeed {self.engine}, this run has {other.engine}; continue with the same"
+            )
+        if self.engine != "none" and self.processes != other.processes:
+            raise CheckpointError(
+                f"{path}: written by {self.processes} processes, this run has {other.processes}; "
+                f"continue with {self.processes}"
+            )
+
+
+def mark_complete(directory: Path, info: CheckpointInfo) -> None:
+    """Write the marker, last: it lists every file with its size."""
+    sizes = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    temporary = directory / f"{MARKER}.tmp"
+    temporary.write_text(json.dumps({**asdict(info), "files": sizes}, indent=1) + "\n")
+    temporary.replace(directory / MARKER)
+
+
+def read_marker(directory: Path) -> CheckpointInfo | None:
+    """The checkpoint's facts, or None if it is not complete: no marker, or a file missing or of another size."""
+    try:
+        content = json.loads((directory / MARKER).read_text())
+        files: dict[str, int] = content.pop("files")
+        info = CheckpointInfo(**content)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    for name, size in files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            log.warning("%s: %s is missing or not %d bytes long; the checkpoint is ignored", directory, name, size)
+            return None
+    return info
+
+
+def all_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Every ``checkpoint-N`` of a run, complete or not, oldest first."""
+    found = [(int(m.group(1)), p) for p in run.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found)
+
+
+def newest_complete(run: Path) -> tuple[Path, CheckpointInfo] | None:
+    """The checkpoint to continue from, or None. Incomplete ones are named in the log and passed over."""
+    for _, path in reversed(all_checkpoints(run)):
+        info = read_marker(path)
+        if info is not None:
+            return path, info
+        log.warning("%s is not complete (the run was stopped while writing it); it is ignored", path)
+    return None
+
+
+def remove_old(run: Path, keep: int, current: int) -> None:
+    """Keep the newest ``keep`` complete checkpoints (0: all) and remove older ones, and incomplete ones before
+    ``current``."""
+    complete = []
+    for step, path in all_checkpoints(run):
+        if step == current or read_marker(path) is not None:
+            complete.append(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in complete[:-keep] if keep else []:
+        # The marker goes first: what is left of an interrupted removal is not complete.
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, quota, no permission) into a :class:`CheckpointError` and remove the remains.
+
+    torch reports a failed write as a ``RuntimeError`` of its file writer, safetensors as an error of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise CheckpointError(f"{directory}: cannot be written: {error}; {_space(directory)}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{directory}: cannot be written: {reason}; {_space(directory)}") from error
+
+
+def _space(directory: Path) -> str:
+    return f"{shutil.disk_usage(directory.parent).free / 1e9:.1f} GB are free there; earlier checkpoints are untouched"
+
+
+def publish_model(partial: Path, final: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check a written model directory tensor by tensor and give it its final name.
+
+    Args:
+        partial: where it was written.
+        final: its name from now on; must not exist.
+        expected: name and shape of every tensor that may not be missing.
+
+    Raises:
+        CheckpointError: a file cannot be read back, or a tensor is missing or of another shape.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(partial.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read back: {error}") from error
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise CheckpointError(f"{partial}: {name} has shape {shapes.get(name)}, the model has {shape}")
+    partial.replace(final)
+
+
+def is_finished(run: Path) -> bool:
+    """True if the run's model is there; a directory of that name is whole."""
+    return (run / FINISHED / "config.json").is_file()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
+    """Refuse to continue a run that was configured to learn something else.
+
+    Raises:
+        ConfigError: naming the fields that differ, with both values.
+    """
+    old, new = flatten(recorded), flatten(now)
+    differ = [key for key in sorted(old.keys() | new.keys()) if key not in HARMLESS and old.get(key) != new.get(key)]
+    if differ:
+        shown = ", ".join(f"{key} ({old.get(key)} before, {new.get(key)} now)" for key in differ[:4])
+        raise ConfigError(
+            f"trainer.output_dir: {run} holds a run of another configuration: {shown}"
+            f"{f' and {len(differ) - 4} more' if len(differ) > 4 else ''}; use another folder or the same configuration"
+        )

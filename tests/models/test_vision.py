@@ -1,0 +1,189 @@
+"""The vision tower against transformers' CLIP: same random weights, fp32, every depth.
+
+Measured on those weights: hidden states of size about 3 differ by at most 2e-6 (other order of summation); the tolerance
+is ten times that. Interpolated position embeddings are computed by the same call and agree exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from skipvision_train.errors import CheckpointError
+from skipvision_train.models.configuration import VisionConfig
+from skipvision_train.models.vision import (
+    ClipVisionTower,
+    load_vision_weights,
+    read_vision_checkpoint,
+    resize_position_embedding,
+)
+
+TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
+LAYERS = 3
+
+
+def reference(activation: str, image_size: int = 16) -> CLIPVisionModel:
+    torch.manual_seed(0)
+    model = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=40,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            image_size=image_size,
+            patch_size=4,
+            hidden_act=activation,
+        )
+    ).eval()
+    for parameter in model.parameters():  # the usual initialisation leaves biases at 0 and activations near linear
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def tower_of(model: CLIPVisionModel, folder: Path, **changes) -> ClipVisionTower:
+    model.save_pretrained(folder)
+    checkpoint = read_vision_checkpoint(folder)
+    config = VisionConfig(**{**checkpoint.facts, "depths": tuple(range(LAYERS + 1)), **changes})
+    tower = ClipVisionTower(config).eval()
+    load_vision_weights(tower, checkpoint)
+    return tower
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_every_depth_equals_transformers(activation, tmp_path):
+    model = reference(activation)
+    tower = tower_of(model, tmp_path)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True).hidden_states
+        found = tower(pixels)
+    assert len(found) == len(expected) == LAYERS + 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == (2, 16, 16)
+        torch.testing.assert_close(ours, theirs[:, 1:], **TOLERANCE)
+
+
+def test_the_activation_matters(tmp_path):
+    tower = tower_of(reference("quick_gelu"), tmp_path)
+    wrong = ClipVisionTower(replace(tower.config, quick_gelu=False)).eval()
+    wrong.load_state_dict(tower.state_dict())
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        difference = (tower(pixels)[-1] - wrong(pixels)[-1]).abs().max()
+    assert difference > 1e-2
+
+
+@pytest.mark.parametrize("size", [32, 8])
+def test_another_resolution_equals_transformers(size, tmp_path):
+    model = reference("quick_gelu")
+    tower = tower_of(model, tmp_path, image_size=size)
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        for ours, theirs in zip(tower(pixels), expected, strict=True):
+            torch.testing.assert_close(ours, theirs[:, 1:], **TOLERANCE)
+
+
+def test_resize_keeps_class_row_dtype_and_constants():
+    embedding = torch.randn(17, 5, dtype=torch.bfloat16)
+    resized = resize_position_embedding(embedding, 6)
+    assert resized.shape == (37, 5)
+    assert resized.dtype == torch.bfloat16
+    torch.testing.assert_close(resized[0], embedding[0], rtol=0, atol=0)
+    assert resize_position_embedding(embedding, 4) is embedding
+    constant = torch.full((17, 5), 1.5)
+    torch.testing.assert_close(resize_position_embedding(constant, 7), torch.full((50, 5), 1.5))
+
+
+def test_resize_does_not_transpose_the_grid():
+    column = torch.arange(4.0).repeat(4)  # value grows along a row of the raster
+    embedding = torch.cat([torch.zeros(1), column])[:, None]
+    rows = resize_position_embedding(embedding, 8)[1:].view(8, 8)
+    assert (rows.diff(dim=1) > -0.2).all()
+    torch.testing.assert_close(rows, rows[:1].expand(8, 8))
+
+
+def test_resize_refuses_what_is_no_square():
+    with pytest.raises(ValueError, match="12 rows"):
+        resize_position_embedding(torch.randn(12, 4), 4)
+
+
+def test_depths_are_returned_in_their_order_and_nothing_deeper_is_built(tmp_path):
+    full = tower_of(reference("quick_gelu"), tmp_path)
+    some = ClipVisionTower(replace(full.config, depths=(2, 0))).eval()
+    names = set(some.state_dict())
+    assert not any(name.startswith(("ln_post", "proj", "transformer.resblocks.2")) for name in names)
+    some.load_state_dict({name: full.state_dict()[name] for name in names})
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        states, (two, zero) = full(pixels), some(pixels)
+    torch.testing.assert_close(two, states[2], rtol=0, atol=0)
+    torch.testing.assert_close(zero, states[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_parameter_gets_the_same_gradient_with_and_without_checkpointing(recompute, tmp_path):
+    full = tower_of(reference("quick_gelu"), tmp_path)
+    tower = ClipVisionTower(replace(full.config, depths=(1, 2))).train()
+    tower.load_state_dict({name: full.state_dict()[name] for name in tower.state_dict()})
+    tower.gradient_checkpointing = recompute
+    saved = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    torch.manual_seed(1)
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = sum(state.square().mean() for state in tower(pixels))
+    stored = sum(saved)
+    loss.backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    plain = ClipVisionTower(tower.config).train()
+    plain.load_state_dict(tower.state_dict())
+    sum(state.square().mean() for state in plain(pixels)).backward()
+    for ours, theirs in zip(tower.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    assert stored < 10_000 if recompute else stored > 10_000
+
+
+def test_wrong_images_are_refused(tmp_path):
+    tower = tower_of(reference("quick_gelu"), tmp_path)
+    with pytest.raises(ValueError, match=r"\(1, 3, 20, 20\), expected \(B, 3, 16, 16\)"):
+        tower(torch.randn(1, 3, 20, 20))
+
+
+def test_wrong_shapes_are_named_with_both_and_nothing_is_copied(tmp_path):
+    reference("quick_gelu").save_pretrained(tmp_path)
+    checkpoint = read_vision_checkpoint(tmp_path)
+    tower = ClipVisionTower(VisionConfig(**{**checkpoint.facts, "mlp_ratio": 2.0, "depths": (1,)}))
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"resblocks\.0\.mlp\.c_fc\.weight has shape \(40, 16\).*needs \(32, 16\)"):
+        load_vision_weights(tower, checkpoint)
+    for name, tensor in tower.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_missing_tensors_are_named(tmp_path):
+    reference("quick_gelu").save_pretrained(tmp_path)
+    checkpoint = read_vision_checkpoint(tmp_path)
+    tower = ClipVisionTower(VisionConfig(**{**checkpoint.facts, "depths": (1,)}))
+    del checkpoint.state["ln_pre.weight"]
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing.*ln_pre\.weight"):
+        load_vision_weights(tower, checkpoint)
+
+
+def test_a_position_embedding_of_another_width_is_named(tmp_path):
+    reference("quick_gelu").save_pretrained(tmp_path)
+    checkpoint = read_vision_checkpoint(tmp_path)
+    tower = ClipVisionTower(VisionConfig(**{**checkpoint.facts, "depths": (1,)}))
+    checkpoint.state["positional_embedding"] = torch.zeros(26, 8)
+    with pytest.raises(CheckpointError, match=r"positional_embedding has shape \(26, 8\).*needs \(17, 16\)"):
+        load_vision_weights(tower, checkpoint)
