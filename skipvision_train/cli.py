@@ -119,11 +119,18 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
 
 def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[str]:
-    """The arguments that Hydra gets: ours first, then the user's, with ``--dry-run`` as an override."""
+    """The user's arguments with ours beside them, and ``--dry-run`` as an override.
+
+    Ours stand directly before the user's first override: Hydra's parser takes only one run of overrides.
+    """
     given = {argument.lstrip("+~").split("=", 1)[0] for argument in arguments}
-    defaults = [setting for setting in (*HYDRA_SETTINGS, *_help(name)) if setting.split("=", 1)[0] not in given]
-    has_dry_run = any(field.name == "dry_run" for field in dataclasses.fields(schema))
-    return defaults + ["dry_run=true" if a == "--dry-run" and has_dry_run else a for a in arguments]
+    ours = [setting for setting in (*HYDRA_SETTINGS, *_help(name)) if setting.split("=", 1)[0] not in given]
+    if any(field.name == "dry_run" for field in dataclasses.fields(schema)) and "--dry-run" in arguments:
+        ours.append("dry_run=true")
+        arguments = [argument for argument in arguments if argument != "--dry-run"]
+    overrides = (i for i, a in enumerate(arguments) if not a.startswith("-") and ("=" in a or a.startswith("~")))
+    first = next(overrides, len(arguments))
+    return [*arguments[:first], *ours, *arguments[first:]]
 
 
 def _help(name: str) -> tuple[str, ...]:
@@ -180,7 +187,7 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
 
 def explain(error: BaseException) -> str:
     """One line for a mistake in an override or a YAML file: the key, what is wrong, close matches."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import (
         ConfigAttributeError,
         ConfigKeyError,
@@ -198,6 +205,8 @@ def explain(error: BaseException) -> str:
             options = sorted(link.options or ())
             known = f"; {group}/ has {', '.join(options)}" if options else ""
             return f"{group or 'config'}: no configuration named {choice!r}{suggestion(choice, options)}{known}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: no override; write key=value, and quote values with special characters"
     detail = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
     if detail is None:
         return " ".join(str(error).split())

@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from skipvision_train.evaluation.metrics import Accuracy
 
@@ -129,7 +130,7 @@ def vig_profile(scores: Sequence[float], chosen: Sequence[int], theme: Theme = L
         axes.annotate("0", (layer, floor), xytext=(0, 6), textcoords="offset points", ha="center", color=theme.text)
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.6, max(shown) * 2)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _labels(axes, theme, "layer", "KL divergence (nats)")
     _legend(axes, theme, title=None)
     return figure

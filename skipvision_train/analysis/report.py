@@ -193,7 +193,7 @@ def _accuracy_rows(
 def _cell(value: Accuracy | None) -> dict[str, str] | None:
     if value is None:
         return None
-    return {"value": f"{100 * value.value:.1f}", "interval": f"{100 * value.low:.1f} – {100 * value.high:.1f}"}
+    return {name: f"{100 * getattr(value, name):.1f}" for name in ("value", "low", "high")}
 
 
 def _tiles(inputs: ReportInputs) -> list[dict[str, str]]:
@@ -204,25 +204,23 @@ def _tiles(inputs: ReportInputs) -> list[dict[str, str]]:
         tiles.append(("without seeing the image", evaluation.blind.scores.mean.value))
     cost = evaluation.cost
     shown = [{"label": label, "value": f"{100 * value:.1f} %"} for label, value in tiles]
-    shown.append(
-        {"label": "decoder FLOPs, of dense", "value": f"{100 * cost.decoder_plan / cost.decoder_dense:.1f} %"}
-    )
+    shown.append({"label": "decoder FLOPs, of dense", "value": f"{100 * cost.decoder_plan / cost.decoder_dense:.1f} %"})
     shown.append({"label": "KV cache, of dense", "value": f"{100 * cost.kv_bytes_plan / cost.kv_bytes_dense:.1f} %"})
     return shown
 
 
 def _cost_rows(inputs: ReportInputs) -> list[dict[str, Any]]:
     """Per plan: decoder FLOPs, cache, prefill and decode time, each with a note that compares it with dense."""
-    own = inputs.evaluation.cost
-    untimed = ("–", "")
-    rows = [
-        {"plan": "dense", "cells": [(_flops(own.decoder_dense), ""), (_bytes(own.kv_bytes_dense), ""), untimed, untimed]}
-    ]
-    for name, result in {inputs.evaluation.plan.name: inputs.evaluation, **inputs.others}.items():
+    own, untimed = inputs.evaluation.cost, ("not timed", "")
+    rows: list[dict[str, Any]] = []
+    if not inputs.evaluation.plan.is_dense:
+        dense = [(_flops(own.decoder_dense), ""), (_bytes(own.kv_bytes_dense), ""), untimed, untimed]
+        rows.append({"plan": "dense", "cells": dense})
+    for name, result in [(inputs.evaluation.plan.name, inputs.evaluation), *inputs.others.items()]:
         cost, times = result.cost, [untimed, untimed]
         if result.timing:
-            plan, dense = result.timing["plan"], result.timing["dense"]
-            pairs = ((plan.prefill_ms, dense.prefill_ms), (plan.decode_ms, dense.decode_ms))
+            plan, full = result.timing["plan"], result.timing["dense"]
+            pairs = ((plan.prefill_ms, full.prefill_ms), (plan.decode_ms, full.decode_ms))
             times = [(f"{t:.1f} ms", f"dense {d:.1f} ms") for t, d in pairs]
         decoder = (_flops(cost.decoder_plan), f"{100 * cost.decoder_plan / cost.decoder_dense:.1f} %")
         cache = (_bytes(cost.kv_bytes_plan), f"{100 * cost.kv_bytes_plan / cost.kv_bytes_dense:.1f} %")

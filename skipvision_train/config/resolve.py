@@ -19,7 +19,7 @@ LLAMA3_IMAGE_TOKEN_ID = 128002
 """``<|reserved_special_token_0|>``; assumed where a dry run has no tokenizer."""
 
 
-def text_config(cfg: TrainConfig) -> PreTrainedConfig:
+def text_config(cfg: TrainConfig) -> LlamaConfig:
     """The language model's configuration: of the previous stage, of ``model.llm``, or of ``model.text``.
 
     Raises:
@@ -33,10 +33,14 @@ def text_config(cfg: TrainConfig) -> PreTrainedConfig:
                 f"stage.start_from: {cfg.stage.start_from} holds a {previous.model_type} model, not a Skip-Vision one; "
                 "give a language model as model.llm"
             )
-        return previous.text_config
-    if cfg.model.llm is not None:
-        return _read_config("model.llm", cfg.model.llm)
-    return LlamaConfig(**dataclasses.asdict(cfg.model.text))
+        path, found = "stage.start_from", previous.text_config
+    elif cfg.model.llm is not None:
+        path, found = "model.llm", _read_config("model.llm", cfg.model.llm)
+    else:
+        return LlamaConfig(**dataclasses.asdict(cfg.model.text))
+    if not isinstance(found, LlamaConfig):
+        raise ConfigError(f"{path}: its language model is of type {found.model_type}; a llama model is needed")
+    return found
 
 
 def _read_config(path: str, directory: str) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from skipvision_train.config.specs import DeepSpeedSpec, ModelSpec, StageSpec, TextSpec, TrainConfig, TrainerSpec
-from skipvision_train.errors import ConfigError, PlanError
+from skipvision_train.errors import ConfigError, DataError, PlanError
 
 PLAN_NAMES = ("dense", "skip_ffn")
 OWNED_BY_THE_RUN = (
@@ -149,12 +149,18 @@ def _check_model(model: ModelSpec) -> None:
 
 
 def _check_stage(stage: StageSpec) -> None:
+    from skipvision_train.data.templates import get_template
+
     rates = dataclasses.asdict(stage.lr)
     for part, rate in rates.items():
         if rate is not None and not 0 < rate < 1:
             raise ConfigError(f"stage.lr.{part}: {rate} is out of range; use a rate between 0 and 1, or null to freeze")
     if all(rate is None for rate in rates.values()):
         raise ConfigError(f"stage.lr: every part is frozen; give at least one of {', '.join(rates)} a rate")
+    try:
+        get_template(stage.template)
+    except DataError as error:
+        raise ConfigError(f"stage.template: {error}") from error
     _one_of("stage.schedule", stage.schedule, ("cosine", "linear", "constant"))
     if not 0 <= stage.warmup_ratio < 1:
         raise ConfigError(f"stage.warmup_ratio: {stage.warmup_ratio} is out of range; use 0 to less than 1")
@@ -183,7 +189,7 @@ def _check_data(cfg: TrainConfig) -> None:
 def _check_trainer(trainer: TrainerSpec, world_size: int) -> None:
     if (trainer.max_steps is None) == (trainer.epochs is None):
         raise ConfigError(
-            f"trainer.max_steps: {trainer.max_steps} with trainer.epochs {trainer.epochs}; give exactly one of them, the "
+            f"trainer.max_steps: {trainer.max_steps} with trainer.epochs {trainer.epochs}; give exactly one, the "
             "other null"
         )
     _at_least("trainer.max_steps", trainer.max_steps, 1)
@@ -204,7 +210,7 @@ def _check_deepspeed(spec: DeepSpeedSpec) -> None:
         raise ConfigError(f"deepspeed.stage: {spec.stage} is unknown; use 1, 2 or 3")
     if spec.offload_param and spec.stage != 3:
         raise ConfigError(
-            f"deepspeed.offload_param: true needs sharded weights, deepspeed.stage 3, not {spec.stage}; "
+            f"deepspeed.offload_param: true needs sharded weights, so deepspeed.stage 3, not {spec.stage}; "
             "use deepspeed=zero3 or deepspeed.offload_param=false"
         )
     _at_least("deepspeed.bucket_size", spec.bucket_size, 1)

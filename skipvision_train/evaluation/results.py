@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipvision_train.errors import DataError
+from skipvision_train.errors import DataError, PlanError
 from skipvision_train.evaluation.metrics import Accuracy, accuracy, mean_accuracy
 from skipvision_train.plans.plan import SkipPlan
 
@@ -27,6 +27,7 @@ class Prediction:
         answer: the right answer.
         output: what the model wrote.
         correct: whether both are the same after normalisation.
+        tokens: positions of the prompt per kind, lower-case names; kinds that do not occur are left out.
     """
 
     record_id: str
@@ -36,6 +37,7 @@ class Prediction:
     answer: str
     output: str
     correct: bool
+    tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class SampleCost:
         vision: CLIP tower.
         connector: resampler and merging.
         lm_head: at the last prompt position.
-        decoder_dense: decoder layers if nothing were skipped.
+        decoder_dense: decoder layers over the same tokens if nothing were skipped.
         decoder_plan: decoder layers under the plan.
         kv_bytes_dense: cache in half precision if nothing were evicted.
         kv_bytes_plan: cache in half precision after eviction.
@@ -213,8 +215,8 @@ class EvaluationResult:
             raise DataError(f"{path}: not an evaluation of format_version {FORMAT_VERSION}")
         try:
             return cls.from_dict(data)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: not an evaluation: {error!r}") from error
+        except (KeyError, TypeError, PlanError) as error:
+            raise DataError(f"{path}: not an evaluation: {type(error).__name__}: {error}") from error
 
 
 def write_json(path: str | Path, data: Any) -> None:

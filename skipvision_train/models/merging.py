@@ -41,9 +41,10 @@ def decide_merge(tokens: Tensor, keep: int, mask: Tensor | None = None, order: s
     """Keep the most distinctive tokens and send each other token to the kept one it resembles most.
 
     Distinctive means a low mean cosine similarity to all other tokens (the token itself left out). Similarities are
-    computed in fp32 whatever the dtype of ``tokens`` and whether or not autocast is on. Ties go by index: of equally
-    distinctive tokens the later ones are kept, and of equally similar kept tokens the one with the lower index
-    receives. An all-zero token resembles nothing (similarity 0), it makes no NaN. ``keep == N`` merges nothing.
+    computed in fp32 whatever the dtype of ``tokens`` and whether or not autocast is on (where torch is allowed TF32,
+    their products have its 10-bit mantissas). Ties go by index: of equally distinctive tokens the later ones are kept,
+    and of equally similar kept tokens the one with the lower index receives. An all-zero token resembles nothing
+    (similarity 0), it makes no NaN. ``keep == N`` merges nothing.
 
     Args:
         tokens: (B, N, C), any float dtype.
@@ -68,7 +69,8 @@ def decide_merge(tokens: Tensor, keep: int, mask: Tensor | None = None, order: s
         return Merge(kept, kept.masked_fill(~valid, -1))
     similarity = _cosine_similarity(tokens, valid)
     others = (valid.sum(-1, keepdim=True) - 1).clamp_min(1)
-    mean = (similarity.sum(-1) - similarity.diagonal(dim1=1, dim2=2)) / others
+    # Summed in fp64, where sums of fp32 numbers are exact for all practical purposes: rounding decides no tie.
+    mean = (similarity.sum(-1, dtype=torch.float64) - similarity.diagonal(dim1=1, dim2=2)) / others
     ranking = mean.masked_fill(~valid, torch.inf).argsort(dim=-1, descending=True, stable=True)
     kept = ranking[:, count - keep :]
     by_index = kept.sort(dim=-1).values

@@ -12,7 +12,7 @@ import pickle
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -153,7 +153,7 @@ def _transformers_facts(path: Path) -> dict[str, Any]:
     content = _read_json(path / "config.json")
     where = str(path / "config.json")
     if content.get("model_type") == "clip":
-        config: CLIPVisionConfig = CLIPConfig.from_dict(content).vision_config
+        config = cast(CLIPVisionConfig, CLIPConfig.from_dict(content).vision_config)
     elif content.get("model_type") == "clip_vision_model":
         config = CLIPVisionConfig.from_dict(content)
     else:

@@ -1,8 +1,8 @@
 """The executor: runs any skip plan on any decoder of the LLaMA shape, on one model instance, undoably.
 
 ``attach`` sets ``forward`` on the decoder and on its layers, as instance attributes. Weights, parameter names, hooks
-and classes stay as they are. The decoder then takes one more keyword, ``token_layout``; transformers hands keywords
-that the decoder does not know down to its layers, and so the index tensors of a plan, made once per forward, reach them.
+and classes stay as they are. The decoder then takes one more keyword, ``token_layout``. transformers hands keywords
+that a decoder does not know down to its layers: so the index tensors of a plan, made once per forward, reach them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ compute something else (attention sinks, residual multipliers, clipped queries),
 LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
-# Until transformers 5.2x a layer's __call__ checkpoints whatever forward the instance has; later the class's forward
-# does it, which an instance forward replaces and must do itself.
+# In transformers 5.17 a layer's __call__ checkpoints whatever forward the instance has; in 5.23 the class's forward
+# does it, which an instance forward replaces and so must do itself.
 CHECKPOINTS_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 
@@ -188,7 +188,8 @@ def _complaint(index: int, layer: nn.Module) -> str | None:
         return f"{where} is of none of the known families {', '.join(FAMILIES)}"
     if rotary_function(attention) is None:
         return f"{where} has no apply_rotary_pos_emb in its module"
-    if (window := getattr(attention, "sliding_window", None)) is not None:
+    # Qwen2 decides per layer and says so on the attention module; Mistral's code reads its configuration.
+    if (window := getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))) is not None:
         return f"{where} attends within a sliding window of {window}; a skip plan needs full attention"
     if attention.layer_idx != index:
         return f"{where} says that its layer_idx is {attention.layer_idx}"
@@ -336,6 +337,8 @@ def _prefill(decoder: Any, layout: TokenLayout, call: dict[str, Any]) -> Any:
 
 def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: dict[str, Any]) -> Any:
     """Prefill all but the last position, evict ``leaving`` (B, T) bool, then run the last position on what is left.
+
+    The last position itself stays in the cache, of whatever kind it is.
 
     Returns what one forward would: ``last_hidden_state`` covers all positions. Attention maps are left out.
     """

@@ -67,13 +67,13 @@ def _corpus(seed: int, sketches: int = 600) -> Iterator[str]:
     rng = random.Random(f"{seed}/tokenizer")
     for index in range(sketches):
         sketch = random_sketch(rng, ("scene", "scene", "chart")[index % 3])
-        yield caption(sketch)
+        yield caption(rng, sketch)
         for question in conversation(rng, sketch):
             yield f"user\n\n{question.text}\n\nassistant\n\n{question.answer}"
         card = random_sketch(rng, "text")
         assert isinstance(card, TextCard)
         yield from card.text
-        yield caption(card).replace(card.text, "")
+        yield caption(rng, card).replace(card.text, "")
         yield conversation(rng, card)[0].text
         yield f"system\n\n{rng.choice(CAPTION_REQUESTS)}"
 

@@ -37,14 +37,36 @@ class Question:
     answer: str
 
 
-def caption(sketch: Sketch) -> str:
-    """One line that names everything visible, in a fixed order: raster order of objects, left to right otherwise."""
+def caption(rng: random.Random, sketch: Sketch) -> str:
+    """One line that names everything visible, in an order that its first words fix.
+
+    A scene is listed by place (raster order), by shape, by colour (each in its fixed order) or by side; ``rng`` chooses.
+    Because the order is fixed, every word but the first can be told from the image, and because three of the lists name
+    objects by what they are, a model learns to find an object by its shape or its colour.
+    """
     if isinstance(sketch, TextCard):
         return f'text "{sketch.text}".'
     if isinstance(sketch, Chart):
         return "bars: " + ", ".join(f"{bar.name} {bar.height}" for bar in sketch.bars) + "."
-    objects = ", ".join(f"{o.place} {o.colour} {o.shape}" for o in sketch.objects)
-    return f"{NUMBERS[len(sketch.objects) - 1]}: {objects}."
+    styles = ["place", "shape", "colour"] + ["side"] * bool(_relations(sketch))
+    style = rng.choice(styles)
+    return f"{style}: " + ", ".join(_listed(sketch, style)) + "."
+
+
+def _listed(scene: Scene, style: str) -> list[str]:
+    if style == "place":
+        objects = [f"{o.place} {o.colour} {o.shape}" for o in scene.objects]
+    elif style == "shape":
+        objects = [f"{o.shape} {o.colour} {o.place}" for o in sorted(scene.objects, key=lambda o: SHAPES.index(o.shape))]
+    elif style == "colour":
+        order = list(COLOURS)
+        objects = [
+            f"{o.colour} {o.shape} {o.place}" for o in sorted(scene.objects, key=lambda o: order.index(o.colour))
+        ]
+    else:
+        pairs = sorted(_relations(scene), key=lambda p: (SHAPES.index(p[0].shape), SHAPES.index(p[1].shape)))
+        return [f"{a.shape} {b.shape} {side}" for a, b, side in pairs]
+    return [NUMBERS[len(objects) - 1], *objects]
 
 
 def _phrase(rng: random.Random, task: str, answer: str, **names: str) -> Question:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from skipvision_train.config.specs import TrainerSpec
 from skipvision_train.config.validate import accumulation
+from skipvision_train.data.collate import IGNORED_LABEL, collate
+from skipvision_train.data.processor import Example
 from skipvision_train.errors import ConfigError
+from skipvision_train.plans.plan import TokenKind
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,26 @@ class EpochSampler(Sampler[int]):
         order = torch.randperm(self.samples, generator=generator).tolist()
         for position in range(len(self)):
             yield order[position % self.samples]
+
+
+class TrainCollator:
+    """Examples to a right-padded batch; a class, because worker processes pickle it."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Tensor]:
+        """The batch of :func:`collate`, without the samples that were left out.
+
+        If all were left out the batch is one row of two unsupervised tokens: it adds nothing to the loss, and this
+        process still takes its part in the step, which under ZeRO all processes must.
+        """
+        if all(example is None for example in examples):
+            tokens = torch.full((1, 2), self.pad_id)
+            return {
+                "input_ids": tokens,
+                "attention_mask": torch.ones_like(tokens),
+                "token_kinds": torch.full_like(tokens, int(TokenKind.TEXT)),
+                "labels": torch.full_like(tokens, IGNORED_LABEL),
+            }
+        return collate(examples, padding_side="right", pad_id=self.pad_id)

@@ -79,16 +79,13 @@ def apply_rates(model: nn.Module, rates: RatesSpec) -> tuple[PartReport, ...]:
     return tuple(reports)
 
 
-def parameter_groups(
-    model: nn.Module, rates: RatesSpec, weight_decay: float, decayed: set[str]
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, rates: RatesSpec, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: one per part that trains, two where some of its parameters decay and others do not.
 
     Args:
-        model: with ``requires_grad`` set by :func:`apply_rates`.
+        model: with ``requires_grad`` set by :func:`apply_rates`, weights not yet sharded.
         rates: the parts' learning rates.
-        weight_decay: of the parameters in ``decayed``.
-        decayed: full names of parameters that decay (no norms, no biases).
+        weight_decay: of matrices; vectors (norms, biases) do not decay.
 
     Returns:
         dicts with ``name`` (the part), ``params``, ``lr`` and ``weight_decay``; no empty group.
@@ -99,7 +96,7 @@ def parameter_groups(
         split: dict[float, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if name.startswith(f"{prefix}.") and parameter.requires_grad:
-                split.setdefault(weight_decay if name in decayed else 0.0, []).append(parameter)
+                split.setdefault(weight_decay if parameter.ndim > 1 else 0.0, []).append(parameter)
         for decay, params in split.items():
             groups.append({"name": part, "params": params, "lr": wanted[part], "weight_decay": decay})
     return groups

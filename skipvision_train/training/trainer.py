@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 
 from skipvision_train.config.specs import StageSpec, TrainConfig
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.batching import BatchArithmetic, EpochSampler
 from skipvision_train.training.callbacks import MetricsFile, SamplerEpoch
 from skipvision_train.training.checkpoints import (
@@ -48,7 +49,7 @@ class StageParts:
         collator: list of examples -> batch.
     """
 
-    model: PreTrainedModel
+    model: SkipVisionForConditionalGeneration
     processor: ProcessorMixin
     dataset: Dataset[Any]
     collator: Callable[[list[Any]], dict[str, Tensor]]
@@ -86,7 +87,6 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
         max_grad_norm=stage.max_grad_norm,
         bf16=trainer.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,  # enabled on the model by the stage, see run_stage
         seed=trainer.seed,
         logging_strategy="steps",
         logging_steps=trainer.log_every,
@@ -141,11 +141,9 @@ class StageTrainer(Trainer):
         return self.cfg.stage
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """torch's AdamW (betas 0.9 and 0.999) with the groups of the stage."""
+        """torch's AdamW (betas 0.9 and 0.999) with the groups of the stage; before DeepSpeed shards the weights."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            groups = parameter_groups(model, self.stage.lr, self.stage.weight_decay, decayed)
+            groups = parameter_groups(model or self.parts.model, self.stage.lr, self.stage.weight_decay)
             self.optimizer = torch.optim.AdamW(groups)
         return self.optimizer
 
@@ -169,7 +167,8 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As in transformers; remembers the rates that the coming optimizer step applies."""
-        self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        if self.optimizer is not None:
+            self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
@@ -209,7 +208,7 @@ class StageTrainer(Trainer):
         """A model directory that can be loaded, and can start the next stage: weights, processor, plan."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            directory = Path(output_dir or self.args.output_dir)
+            directory = Path(output_dir or self.run_dir)
             self.parts.processor.save_pretrained(directory)
             self.parts.model.plan.save(directory / "plan.json")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -9,6 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from skipvision_train.analysis import flops
 from skipvision_train.errors import PlanError
 from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, VisionConfig
+from skipvision_train.models.connectors import MultiScaleResampler
+from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans import TokenKind, dense, ffn_skip, shortv, skip_ffn, vskip
 from skipvision_train.plans.plan import DENSE_RULE
 
@@ -140,9 +143,7 @@ def test_eviction_shrinks_cache_and_decode():
     )
     assert flops.kv_cache_bytes(config, counts, dense(32)) == 590 * 32 * 2 * 1024 * 2
     assert flops.kv_cache_bytes(config, counts, skip_ffn(32)) == 335 * 32 * 2 * 1024 * 2
-    saved = (
-        flops.decode_flops(config, counts, dense(32)).total - flops.decode_flops(config, counts, skip_ffn(32)).total
-    )
+    saved = flops.decode_flops(config, counts, dense(32)).total - flops.decode_flops(config, counts, skip_ffn(32)).total
     assert saved == 32 * 4 * 255 * 4096
 
 
@@ -172,3 +173,14 @@ def test_vision_and_connector_by_hand():
     cross = 2 * 3 * 8 * 8 * 2 + 2 * 4 * 8 * 16 + 2 * 2 * 3 * 4 * 8
     mlp = 2 * 2 * 3 * 8 * 32
     assert flops.connector_flops(connector, vision, text_width=32) == cross + mlp + 2 * 3 * 8 * 32
+
+
+def test_vision_and_connector_agree_with_the_counter_of_torch(tiny_config):
+    vision, connector = tiny_config.vision_config, tiny_config.connector_config
+    # In training mode, because the counter does not know the fused attention of nn.MultiheadAttention.
+    tower = ClipVisionTower(vision).train().requires_grad_(False)
+    resampler = MultiScaleResampler(connector, vision.grid, vision.width, len(vision.depths), 32).requires_grad_(False)
+    image = torch.randn(1, 3, vision.image_size, vision.image_size)
+    with sdpa_kernel(SDPBackend.MATH):  # fused kernels for the CPU are unknown to the counter
+        counted = [sum(_counted(m, x)["Global"].values()) for m, x in ((tower, image), (resampler, tower(image)))]
+    assert counted == [flops.vision_flops(vision), flops.connector_flops(connector, vision, 32)]

@@ -116,7 +116,8 @@ def slow_logits(
 ) -> Tensor:
     """Reference logits (B, T, V), zero on padding: each document of each row is run alone, without padding.
 
-    ``hidden_from(n)``: from this index of a sequence of length n on, queries do not see the kinds of ``plan.evict``.
+    ``hidden_from(n)``: from this index of a sequence of length n on, queries do not see the kinds of ``plan.evict``
+    that stand before it.
     """
     rows = []
     for row, kinds in enumerate(layout.kinds):
@@ -130,8 +131,8 @@ def slow_logits(
             visible = torch.ones(len(own), len(own)).tril().bool()
             if hidden_from is not None:
                 evicted = torch.tensor([kind in plan.evict for kind in own])
+                evicted[hidden_from(len(own)) :] = False
                 visible[hidden_from(len(own)) :] &= ~evicted
-                visible |= torch.eye(len(own)).bool()
             logits = logits.index_put((where,), slow_sequence(model, ids[row, where], own, plan, visible))
         rows.append(logits)
     return torch.stack(rows)

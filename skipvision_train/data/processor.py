@@ -1,0 +1,277 @@
+"""Conversations and images to what the model takes; saved with the model, and loaded by ``AutoProcessor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from skipvision_train.data.collate import collate
+from skipvision_train.data.images import load_image, to_pixels
+from skipvision_train.data.messages import conversation_turns, llama3_chat_template
+from skipvision_train.data.records import Record, Turn
+from skipvision_train.data.templates import BOS, EOT, Encoded, control_id, get_template
+from skipvision_train.errors import DataError
+from skipvision_train.models.configuration import SkipVisionConfig, VisionConfig
+from skipvision_train.plans.plan import TokenKind
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded sample.
+
+    Attributes:
+        input_ids: the image placeholder stands once per visual token.
+        labels: as long as ``input_ids``, -100 where nothing is supervised; empty for a prompt.
+        token_kinds: as long as ``input_ids``, :class:`TokenKind` values.
+        pixel_values: (images, 3, S, S) float32 in order of appearance, or None without images.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    token_kinds: list[int]
+    pixel_values: Tensor | None
+
+
+class SkipVisionProcessor(ProcessorMixin):
+    """Tokenizer, chat format, image preprocessing and the layout of an image's tokens.
+
+    Args:
+        tokenizer: LLaMA-3's, or another fast tokenizer with its control tokens. It needs no padding token.
+        vision: fields of :class:`VisionConfig`.
+        image_token_id: the placeholder, a special token of the tokenizer.
+        image_tokens: the kinds of one image's tokens in order, as runs ``[kind name, count]``.
+        template: the chat format that ``encode`` and prompts use unless told otherwise.
+        chat_template: Jinja text for other programs; this class writes ids itself (``templates.py``).
+
+    Raises:
+        DataError: the template is unknown, or the placeholder is no special token of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vision: dict[str, Any],
+        image_token_id: int,
+        image_tokens: Sequence[Sequence[Any]],
+        template: str = "llama3",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, chat_template=chat_template)
+        get_template(template)
+        self.vision = asdict(VisionConfig(**vision))
+        self.image_token_id = image_token_id
+        runs = [(str(kind), int(count)) for kind, count in image_tokens]
+        self.image_tokens = [list(run) for run in runs]
+        self.template = template
+        added = tokenizer.added_tokens_decoder.get(image_token_id)
+        if added is None or not added.special:
+            # Anything else could be typed by a user and would then stand for an image.
+            raise DataError(
+                f"image_token_id: {image_token_id} is no special token of tokenizer {tokenizer.name_or_path!r}; "
+                "use the id of an unused special token, such as LLaMA-3's <|reserved_special_token_0|>"
+            )
+        self.image_token = str(added)
+        self._kinds = [int(TokenKind[kind.upper()]) for kind, count in runs for _ in range(count)]
+        self._vision_config = VisionConfig(**self.vision)
+
+    @classmethod
+    def from_config(
+        cls, config: SkipVisionConfig, tokenizer: PreTrainedTokenizerBase, template: str = "llama3"
+    ) -> SkipVisionProcessor:
+        """The processor that fits a model; ``template`` llama3 replaces the tokenizer's own chat template.
+
+        LLaMA-3.1's template inserts a dated system turn that models trained here have not seen.
+        """
+        runs = [[kind.name.lower(), len(list(run))] for kind, run in groupby(config.image_token_kinds())]
+        processor = cls(tokenizer, asdict(config.vision_config), config.image_token_id, runs, template)
+        if template == "llama3":
+            processor.chat_template = tokenizer.chat_template = llama3_chat_template(processor.image_token)
+        return processor
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many placeholders an image has."""
+        return len(self._kinds)
+
+    @property
+    def pad_id(self) -> int:
+        """What padding is filled with. LLaMA-3 has no padding token; masks come from lengths, so any id would do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else control_id(self.tokenizer, EOT)
+
+    def encode(
+        self,
+        sample: Record | Sequence[Turn],
+        images: Sequence[Image.Image] = (),
+        max_length: int | None = None,
+        template: str | None = None,
+    ) -> Example:
+        """A training sample.
+
+        Args:
+            sample: a record, or turns that end with an answer.
+            images: decoded, in order of their markers.
+            max_length: see :meth:`Template.encode`.
+            template: instead of the processor's own.
+
+        Raises:
+            DataError: naming the record, if a record was given.
+        """
+        turns = sample.turns if isinstance(sample, Record) else sample
+        lengths = [self.tokens_per_image] * len(images)
+        try:
+            encoded = get_template(template or self.template).encode(
+                turns, self.tokenizer, lengths, self.image_token_id, max_length
+            )
+        except DataError as error:
+            if isinstance(sample, Record):
+                raise DataError(f"record {sample.id} of {sample.source}: {error}") from error
+            raise
+        return self._example(encoded, images, encoded.labels)
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image] = (), template: str | None = None
+    ) -> Example:
+        """A prompt: turns that end with a user's, and the header of the answer. ``labels`` is empty.
+
+        Raises:
+            DataError: turns that the template cannot express, or markers and images that disagree.
+        """
+        lengths = [self.tokens_per_image] * len(images)
+        encoded = get_template(template or self.template).encode_prompt(
+            turns, self.tokenizer, lengths, self.image_token_id
+        )
+        return self._example(encoded, images, [])
+
+    def _example(self, encoded: Encoded, images: Sequence[Image.Image], labels: list[int]) -> Example:
+        kinds = [int(TokenKind.TEXT)] * len(encoded.input_ids)
+        for start in encoded.image_starts:
+            kinds[start : start + self.tokens_per_image] = self._kinds
+        pixels = to_pixels(images, self._vision_config) if images else None
+        return Example(encoded.input_ids, labels, kinds, pixels)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Sequence[Any],
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        images: Sequence[Image.Image] = (),
+        padding_side: str = "left",
+    ) -> BatchFeature | str | list[str] | Tensor:
+        """Messages in the style of transformers to a batch.
+
+        Args:
+            conversation: messages ``{"role", "content"}``, or a list of such conversations. Content is text or a list
+                of ``{"type": "text", "text"}`` and ``{"type": "image", "image": PIL image or path}`` (or ``"path"``).
+            add_generation_prompt: end with the header of an answer. With False the conversation must end with an
+                answer, is encoded as in training, and the batch has ``labels``.
+            tokenize: False gives text in which an image is one placeholder token, for ``processor(text=, images=)``.
+            return_dict: False gives ``input_ids`` alone.
+            return_tensors: only ``pt``.
+            images: the images of ``{"type": "image"}`` parts that bring none, in order of appearance.
+            padding_side: of the shorter rows of a batch.
+
+        Raises:
+            DataError: content of an unknown form, or parts and images that disagree.
+        """
+        _check_tensors(return_tensors)
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        conversations = conversation if batched else [conversation]
+        if not tokenize:
+            texts = self.tokenizer.apply_chat_template(
+                list(conversations), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            return texts if batched else texts[0]
+        loose = iter(images)
+        examples = []
+        for messages in conversations:
+            turns, found = conversation_turns(messages, loose)
+            pictures = [_opened(image) for image in found]
+            encode = self.encode_prompt if add_generation_prompt else self.encode
+            examples.append(encode(turns, pictures))
+        if unused := sum(1 for _ in loose):
+            raise DataError(f"images: {unused} more than the conversation has image parts without an image")
+        batch = BatchFeature(collate(examples, padding_side, self.pad_id))
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str = "pt",
+        padding: bool = True,
+        padding_side: str = "left",
+    ) -> BatchFeature:
+        """Text that already is in the chat format (``apply_chat_template(..., tokenize=False)``), and its images.
+
+        Special tokens in the text are special tokens: for text of users that may contain them use
+        ``apply_chat_template``. One beginning-of-text token is added where the text has none.
+
+        Args:
+            images: all images of all texts, in order of their placeholder tokens in the texts.
+            text: one text or several, each image one placeholder token (``image_token``), which is expanded here.
+            return_tensors: only ``pt``.
+            padding: must stay True for texts of different lengths.
+            padding_side: of the shorter rows.
+
+        Raises:
+            DataError: placeholders and images disagree, with both counts.
+        """
+        _check_tensors(return_tensors)
+        texts = [text] if isinstance(text, str) else list(text or ())
+        pictures = [images] if isinstance(images, Image.Image) else list(images or ())
+        if not texts:
+            raise DataError(
+                "text: a text in the chat format is needed; apply_chat_template(..., tokenize=False) writes it"
+            )
+        rows = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if (found := sum(row.count(self.image_token_id) for row in rows)) != len(pictures):
+            raise DataError(
+                f"{found} image tokens {self.image_token} in the text, but {len(pictures)} images; "
+                "apply_chat_template(..., tokenize=False) writes one per image"
+            )
+        remaining = iter(pictures)
+        examples = []
+        for row in rows:
+            encoded = self._expand(row)
+            mine = [next(remaining) for _ in encoded.image_starts]
+            examples.append(self._example(encoded, mine, []))
+        if not padding and len({len(example.input_ids) for example in examples}) > 1:
+            raise DataError("padding: texts of different lengths make no batch; set padding=True")
+        return BatchFeature(collate(examples, padding_side, self.pad_id))
+
+    def _expand(self, row: list[int]) -> Encoded:
+        bos = control_id(self.tokenizer, BOS)
+        encoded = Encoded()
+        for token in row if row[:1] == [bos] else [bos, *row]:
+            is_image = token == self.image_token_id
+            if is_image:
+                encoded.image_starts.append(len(encoded.input_ids))
+            encoded.append([token] * (self.tokens_per_image if is_image else 1), supervised=False)
+        return encoded
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The keys of a prompt's batch."""
+        return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
+
+
+def _check_tensors(return_tensors: str) -> None:
+    if return_tensors != "pt":
+        raise DataError(f"return_tensors: {return_tensors!r}; only 'pt' is supported")
+
+
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    return image if isinstance(image, Image.Image) else load_image(image, "of the conversation")
+
+
+AutoProcessor.register(SkipVisionConfig, SkipVisionProcessor, exist_ok=True)

@@ -1,0 +1,233 @@
+"""Ask a model every question of a set of records, with the images or without, and count right answers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from skipvision_train.analysis import flops
+from skipvision_train.data.collate import collate
+from skipvision_train.data.images import load_image
+from skipvision_train.data.processor import SkipVisionProcessor
+from skipvision_train.data.records import IMAGE_MARKER, Record
+from skipvision_train.data.templates import EOT, control_id
+from skipvision_train.errors import DataError
+from skipvision_train.evaluation.metrics import exact_match
+from skipvision_train.evaluation.results import BlindScores, Prediction, SampleCost, Scores
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.plans.methods import dense
+from skipvision_train.plans.plan import TokenKind
+
+ImageSource = Callable[[int], list[Image.Image]]
+"""The images of the record with that index, in the order of their markers."""
+
+GREY = (128, 128, 128)
+
+
+def file_images(records: Sequence[Record]) -> ImageSource:
+    """The records' own images, decoded when asked for."""
+    return lambda index: [load_image(path, records[index].id) for path in records[index].images]
+
+
+def grey_images(images_of: ImageSource) -> ImageSource:
+    """Every image replaced by a grey one of the same size: the prompt keeps its length and loses its content."""
+    return lambda index: [Image.new("RGB", image.size, GREY) for image in images_of(index)]
+
+
+def shuffled_images(records: Sequence[Record], images_of: ImageSource, seed: int) -> ImageSource:
+    """Every record shown the images of another record of the same task with as many images.
+
+    See :func:`derange`; a record without images stays as it is.
+    """
+    other = derange(records, seed)
+    return lambda index: images_of(other[index])
+
+
+def derange(records: Sequence[Record], seed: int) -> list[int]:
+    """For every record the index of a record whose images it is shown instead: never one with the same images.
+
+    Records of one task and number of images form a group. The distinct image sets of a group are permuted in a single
+    random cycle (Sattolo's algorithm), so none keeps its place; questions about the same image get the same new one.
+
+    Raises:
+        DataError: a group has one image set only, naming the task.
+    """
+    rng = random.Random(f"{seed}/derange")
+    groups: dict[tuple[str, int], dict[tuple[Path, ...], list[int]]] = {}
+    for index, record in enumerate(records):
+        group = groups.setdefault((task_of(record), len(record.images)), {})
+        group.setdefault(record.images, []).append(index)
+    result = list(range(len(records)))
+    for (task, images), members in groups.items():
+        if not images:
+            continue
+        if len(members) < 2:
+            raise DataError(f"task {task!r}: images cannot be shuffled, all {images}-image questions show the same one")
+        order = list(members)
+        for last in range(len(order) - 1, 0, -1):
+            other = rng.randrange(last)
+            order[last], order[other] = order[other], order[last]
+        for own, shown in zip(members, order, strict=True):
+            for index in members[own]:
+                result[index] = members[shown][0]
+    return result
+
+
+def task_of(record: Record) -> str:
+    """What a record's result is grouped by: its task, or its source's name."""
+    return record.task or record.source
+
+
+def prompt_batches(
+    model: SkipVisionForConditionalGeneration,
+    processor: SkipVisionProcessor,
+    records: Sequence[Record],
+    images_of: ImageSource,
+    batch_size: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Left-padded prompts up to the last answer, ``batch_size`` records at a time, on the model's device.
+
+    Earlier answers of a record are part of its prompt, as they stand in the data.
+    """
+    for start in range(0, len(records), batch_size):
+        chunk = range(start, min(start + batch_size, len(records)))
+        examples = [processor.encode_prompt(records[i].turns[:-1], images_of(i)) for i in chunk]
+        yield on_device(model, collate(examples, padding_side="left", pad_id=processor.pad_id))
+
+
+def on_device(model: SkipVisionForConditionalGeneration, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch on the model's device, pixels in the model's precision."""
+    return {
+        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for key, value in batch.items()
+    }
+
+
+@torch.no_grad()
+def generate_answers(
+    model: SkipVisionForConditionalGeneration,
+    processor: SkipVisionProcessor,
+    batch: Mapping[str, Tensor],
+    max_new_tokens: int,
+) -> list[str]:
+    """The model's greedy answer to every row of a left-padded batch, without special tokens and outer white space."""
+    # Both templates end an answer with this token, whatever the tokenizer calls its end of sequence.
+    end = control_id(processor.tokenizer, EOT)
+    generator: Any = model  # transformers annotates generate() for a protocol that no model of its own satisfies
+    sequences = generator.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=processor.pad_id
+    )
+    answers = sequences[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def predict(
+    model: SkipVisionForConditionalGeneration,
+    processor: SkipVisionProcessor,
+    records: Sequence[Record],
+    batch_size: int,
+    max_new_tokens: int,
+    images_of: ImageSource | None = None,
+    root: Path | None = None,
+) -> list[Prediction]:
+    """Answer the last question of every record, greedily, under the model's current plan.
+
+    Rows are padded on the left and positions follow the mask, so the answers do not depend on ``batch_size``.
+
+    Args:
+        model: in evaluation mode.
+        processor: the model's.
+        records: the last turn of each is the right answer.
+        batch_size: records per forward pass.
+        max_new_tokens: where an answer without an end is cut.
+        images_of: what is shown; the records' own images by default.
+        root: image paths in the result are relative to it, where they lie below it.
+
+    Raises:
+        DataError: an image that cannot be read.
+    """
+    images_of = images_of or file_images(records)
+    predictions: list[Prediction] = []
+    for batch in prompt_batches(model, processor, records, images_of, batch_size):
+        texts = generate_answers(model, processor, batch, max_new_tokens)
+        for text, kinds in zip(texts, batch["token_kinds"].tolist(), strict=True):
+            record = records[len(predictions)]
+            question, answer = record.turns[-2].text, record.turns[-1].text
+            counts = Counter(kinds)
+            predictions.append(
+                Prediction(
+                    record_id=record.id,
+                    task=task_of(record),
+                    images=tuple(_relative(path, root) for path in record.images),
+                    question=question.replace(IMAGE_MARKER, "").strip(),
+                    answer=answer,
+                    output=text,
+                    correct=exact_match(text, answer),
+                    tokens={k.name.lower(): counts[int(k)] for k in TokenKind if k != TokenKind.PAD and counts[int(k)]},
+                )
+            )
+    return predictions
+
+
+def _relative(path: Path, root: Path | None) -> str:
+    return str(path.relative_to(root) if root is not None and path.is_relative_to(root) else path)
+
+
+def blind_scores(
+    model: SkipVisionForConditionalGeneration,
+    processor: SkipVisionProcessor,
+    records: Sequence[Record],
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int,
+) -> BlindScores:
+    """Accuracy without seeing: the better of grey and shuffled images, by the mean over tasks.
+
+    Raises:
+        DataError: images that cannot be shuffled (:func:`derange`).
+    """
+    own = file_images(records)
+    variants = {"grey": grey_images(own), "shuffled": shuffled_images(records, own, seed)}
+    scores = {
+        name: Scores.of(predict(model, processor, records, batch_size, max_new_tokens, source))
+        for name, source in variants.items()
+    }
+    best = max(scores, key=lambda name: scores[name].mean.value)
+    return BlindScores(best, scores[best], {name: score.mean.value for name, score in scores.items()})
+
+
+def sample_cost(model: SkipVisionForConditionalGeneration, predictions: Sequence[Prediction]) -> SampleCost:
+    """FLOPs and cache of a prefill under the model's plan, mean over the prompts of ``predictions``.
+
+    Dense means here: the same tokens, with nothing skipped and nothing evicted.
+
+    Raises:
+        ValueError: no predictions.
+    """
+    if not predictions:
+        raise ValueError("the cost of a sample needs at least one prediction")
+    config: Any = model.config  # annotated as the base class in transformers
+    text, width, plan = config.text_config, config.text_config.hidden_size, model.plan
+    nothing_skipped = dense(plan.num_layers)
+    prompts = [{TokenKind[name.upper()]: n for name, n in p.tokens.items()} for p in predictions]
+    connector = flops.connector_flops(config.connector_config, config.vision_config, width)
+    merging = flops.merge_flops(config.reducer_config, config.connector_config.queries[-1], width)
+    images = fmean(len(p.images) for p in predictions)
+    return SampleCost(
+        tokens={k.name.lower(): fmean(p.get(k, 0) for p in prompts) for k in TokenKind if k != TokenKind.PAD},
+        vision=images * flops.vision_flops(config.vision_config),
+        connector=images * (connector + merging),
+        lm_head=flops.lm_head_flops(text),
+        decoder_dense=fmean(flops.sequence_flops(text, p, nothing_skipped).total for p in prompts),
+        decoder_plan=fmean(flops.sequence_flops(text, p, plan).total for p in prompts),
+        kv_bytes_dense=fmean(flops.kv_cache_bytes(text, p, nothing_skipped) for p in prompts),
+        kv_bytes_plan=fmean(flops.kv_cache_bytes(text, p, plan) for p in prompts),
+    )

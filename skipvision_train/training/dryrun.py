@@ -1,0 +1,174 @@
+"""What a stage would do, from its configuration alone: the model on the meta device, arithmetic, one sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from skipvision_train.analysis.flops import connector_flops, sequence_flops, vision_flops
+from skipvision_train.config.specs import TrainConfig
+from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.plans.methods import dense
+from skipvision_train.plans.plan import TokenKind
+from skipvision_train.training.batching import BatchArithmetic
+from skipvision_train.training.checkpoints import flatten
+from skipvision_train.training.memory import estimate_memory
+from skipvision_train.training.stages import PartReport, parameter_groups
+
+ASSUMED_TEXT_TOKENS = 128
+"""Text beside one image where no sample is at hand."""
+
+WIDTH = 110
+
+
+def section(title: str, lines: Iterable[str]) -> str:
+    """A title and indented lines."""
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def configuration_lines(cfg: TrainConfig) -> list[str]:
+    """Every field that is set, a paragraph per group."""
+    lines = []
+    for group, values in dataclasses.asdict(cfg).items():
+        if not isinstance(values, Mapping):
+            continue
+        items = {key: value for key, value in flatten(values).items() if value not in (None, {}, False)}
+        if group == "model" and (cfg.model.llm or cfg.stage.start_from):
+            items = {key: value for key, value in items.items() if not key.startswith("text.")}
+        text = f"{group}: " + ", ".join(f"{key}={_short(value)}" for key, value in items.items())
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def token_line(config: SkipVisionConfig) -> str:
+    """The tokens of one image by kind."""
+    connector, reducer = config.connector_config, config.reducer_config
+    if not reducer.skip_finest:
+        return f"{connector.num_tokens} retained"
+    kinds = Counter(config.image_token_kinds())
+    local = kinds[TokenKind.SKIPPED] + reducer.last_local_ffn
+    last = " (the last one runs the FFN)" if reducer.last_local_ffn else ""
+    return f"{sum(connector.queries[:-1])} retained, {local} local{last}, {kinds[TokenKind.SUMMARY]} summary"
+
+
+def flops_lines(config: SkipVisionConfig, counts: Mapping[TokenKind, int], images: int) -> list[str]:
+    """FLOPs of one sample's forward pass: the decoder dense and under the plan, and what stands before it.
+
+    Args:
+        config: the model.
+        counts: positions of each kind in the sample.
+        images: images in the sample.
+    """
+    text = config.text_config
+    everything = {
+        TokenKind.TEXT: counts.get(TokenKind.TEXT, 0),
+        TokenKind.RETAINED: images * config.connector_config.num_tokens,
+    }
+    whole = sequence_flops(text, everything, dense(text.num_hidden_layers)).total
+    skipped = sequence_flops(text, counts, config.plan_or_dense()).total
+    before = vision_flops(config.vision_config)
+    before += connector_flops(config.connector_config, config.vision_config, text.hidden_size)
+    return [
+        f"{images} image(s) and {counts.get(TokenKind.TEXT, 0)} text tokens",
+        f"decoder, all {config.connector_config.num_tokens} visual tokens dense: {whole / 1e12:.3f} TFLOPs",
+        f"decoder, this stage: {skipped / 1e12:.3f} TFLOPs ({100 * skipped / whole:.1f} %)",
+        f"vision tower and connector: {images * before / 1e12:.3f} TFLOPs",
+    ]
+
+
+def group_lines(cfg: TrainConfig, model: nn.Module) -> list[str]:
+    """The optimizer's groups."""
+    return [
+        f"{group['name']:<10} lr {group['lr']:g}, weight decay {group['weight_decay']:g}, "
+        f"{len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} parameters"
+        for group in parameter_groups(model, cfg.stage.lr, cfg.stage.weight_decay)
+    ]
+
+
+def memory_lines(cfg: TrainConfig, parts: Sequence[PartReport], processes: int) -> list[str]:
+    """Model state per process."""
+    total, trainable = sum(p.parameters for p in parts), sum(p.trainable for p in parts)
+    estimate = estimate_memory(total, trainable, cfg.trainer.precision, cfg.deepspeed, processes)
+    engine = "without DeepSpeed" if cfg.deepspeed is None else f"ZeRO-{cfg.deepspeed.stage}"
+    return [
+        f"{engine}, {cfg.trainer.precision}, {processes} process(es); activations come on top",
+        f"weights {estimate.weights / 1e9:.2f} GB + gradients {estimate.gradients / 1e9:.2f} GB + "
+        f"optimizer {estimate.optimizer / 1e9:.2f} GB = {estimate.total / 1e9:.2f} GB per process",
+    ]
+
+
+def part_lines(parts: Sequence[PartReport]) -> list[str]:
+    """Counts per part, and in all."""
+    total, trainable = sum(p.parameters for p in parts), sum(p.trainable for p in parts)
+    return [*(part.line() for part in parts), f"{'all':<10} {total:>14,} parameters, {trainable:,} of them train"]
+
+
+def report(
+    cfg: TrainConfig,
+    config: SkipVisionConfig,
+    model: nn.Module,
+    parts: Sequence[PartReport],
+    arithmetic: BatchArithmetic,
+    sample: Sequence[str],
+) -> str:
+    """The text that ``--dry-run`` prints.
+
+    Args:
+        cfg: the validated configuration.
+        config: the model's.
+        model: on any device; its ``requires_grad`` says what trains.
+        parts: from ``apply_rates``.
+        arithmetic: batch sizes and steps.
+        sample: lines about one sample, or why there is none.
+    """
+    counts = Counter(config.image_token_kinds()) + Counter({TokenKind.TEXT: ASSUMED_TEXT_TOKENS})
+    sections = [
+        section("configuration", configuration_lines(cfg)),
+        section("batches", [arithmetic.line(), "processes come from WORLD_SIZE, which launchers set"]),
+        section("parameters", part_lines(parts)),
+        section("optimizer groups", group_lines(cfg, model)),
+        section("tokens per image", [token_line(config)]),
+        section("plan", config.plan_or_dense().table().splitlines()),
+        section("forward pass of one sample", flops_lines(config, counts, 1)),
+        section("memory", memory_lines(cfg, parts, arithmetic.processes)),
+        section("first sample", sample),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def mark_sample(
+    pieces: Sequence[str], kinds: Sequence[TokenKind], supervised: Sequence[bool], is_image: Sequence[bool]
+) -> list[str]:
+    """A sample as text: supervised runs stand in ``[[ ]]``, runs of placeholders are counted.
+
+    Args:
+        pieces: the text of each position.
+        kinds: the kind of each position.
+        supervised: whether each position has a label.
+        is_image: whether each position is a placeholder.
+    """
+    parts: list[str] = []
+    start = 0
+    for i in range(1, len(pieces) + 1):
+        if i < len(pieces) and supervised[i] == supervised[start] and is_image[i] == is_image[start]:
+            continue
+        if is_image[start]:
+            counted = Counter(kinds[start:i])
+            names = ", ".join(f"{count} {kind.name.lower()}" for kind, count in sorted(counted.items()))
+            parts.append(f"<{i - start} visual tokens: {names}>")
+        else:
+            run = "".join(pieces[start:i])
+            parts.append(f"[[{run}]]" if supervised[start] else run)
+        start = i
+    text = "".join(parts)
+    lines = [wrapped for line in text.splitlines() for wrapped in textwrap.wrap(line, WIDTH) or [""]]
+    return [*lines, f"{len(pieces)} tokens, {sum(supervised)} supervised (in [[ ]])"]

@@ -1,0 +1,233 @@
+"""One stage from its configuration to a finished model directory, or to a description of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from skipvision_train.config.resolve import (
+    check_vision_facts,
+    load_tokenizer,
+    model_config,
+    source_path,
+)
+from skipvision_train.config.specs import TrainConfig
+from skipvision_train.config.validate import check_sources, validate
+from skipvision_train.data.dataset import RecordDataset
+from skipvision_train.data.processor import SkipVisionProcessor
+from skipvision_train.data.recipes import load_recipe, load_records
+from skipvision_train.errors import ConfigError, DataError, SkipVisionError
+from skipvision_train.models.build import build_model, meta_model, start_stage
+from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.models.vision import read_vision_checkpoint
+from skipvision_train.plans.plan import TokenKind
+from skipvision_train.training import dryrun
+from skipvision_train.training.batching import BatchArithmetic, TrainCollator
+from skipvision_train.training.checkpoints import (
+    CONFIG,
+    CheckpointInfo,
+    all_checkpoints,
+    check_same_run,
+    is_finished,
+    newest_complete,
+)
+from skipvision_train.training.stages import apply_rates
+from skipvision_train.training.trainer import IGNORE_INDEX, StageParts, StageTrainer, engine_name, start_wandb
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(cfg: TrainConfig, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
+    """Train one stage, or continue it.
+
+    Args:
+        cfg: composed configuration.
+        callbacks: further ones for the trainer.
+
+    Returns:
+        the finished model's directory.
+
+    Raises:
+        SkipVisionError: whatever the user can mend.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(cfg, processes)
+    check_sources(cfg)
+    run = Path(cfg.trainer.output_dir)
+    prepare_environment(cfg)
+    resume = find_start(cfg, run, processes)
+    if resume == "finished":
+        log.info("%s is finished: %s; nothing to do", run, run / "model")
+        return run / "model"
+    if os.environ.get("RANK", "0") == "0":
+        record_configuration(cfg, run)
+    set_seed(cfg.trainer.seed)
+    parts = assemble(cfg)
+    arithmetic = BatchArithmetic.of(cfg.trainer, len(parts.dataset), processes)  # type: ignore[arg-type]
+    log.info("%s", arithmetic.line())
+    start_wandb(cfg)
+    trainer = StageTrainer(cfg, parts, arithmetic, callbacks)
+    log.info("start from %s", resume or "step 0")
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except DataError as error:
+        # From a worker process the message arrives with the worker's traceback in front of it.
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+    final = trainer.save_finished()
+    log.info("finished: %s", final)
+    return final
+
+
+def prepare_environment(cfg: TrainConfig) -> None:
+    """What DeepSpeed reads from the environment: the device, and the process group of a run without a launcher.
+
+    transformers' bars for loading and saving files are switched off; the trainer's own is ``trainer.progress_bar``.
+    """
+    disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if cfg.deepspeed is None or "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
+def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
+    """Where the run begins: ``finished``, the path of a checkpoint, or None for step 0.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or a run at all with ``trainer.resume=never``.
+        CheckpointError: the checkpoint was written by another number of processes or another engine.
+    """
+    recorded = run / CONFIG
+    started = is_finished(run) or bool(all_checkpoints(run))
+    if cfg.trainer.resume == "never" and started:
+        raise ConfigError(f"trainer.resume: never, but {run} already holds a run; use another trainer.output_dir")
+    if started and recorded.is_file():
+        check_same_run(yaml.safe_load(recorded.read_text()), dataclasses.asdict(cfg), run)
+    if is_finished(run):
+        return "finished"
+    newest = newest_complete(run)
+    if newest is None:
+        return None
+    path, info = newest
+    info.check_fits(CheckpointInfo(info.step, processes, engine_name(cfg)), path)
+    return str(path)
+
+
+def record_configuration(cfg: TrainConfig, run: Path) -> None:
+    """Write ``config.yaml``.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        temporary = run / f"{CONFIG}.tmp"
+        temporary.write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+        temporary.replace(run / CONFIG)
+    except OSError as error:
+        raise ConfigError(f"trainer.output_dir: {run} cannot be written: {error.strerror}") from error
+
+
+def assemble(cfg: TrainConfig) -> StageParts:
+    """Tokenizer, data and model of a stage, with the frozen parts frozen.
+
+    Raises:
+        SkipVisionError: a part is missing or does not fit.
+    """
+    tokenizer = load_tokenizer(cfg)
+    if tokenizer is None:
+        raise ConfigError("model.tokenizer: null, and neither model.llm nor stage.start_from gives one")
+    config = model_config(cfg, tokenizer)
+    processor = SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template)
+    dataset = open_dataset(cfg, processor)
+    model = open_model(cfg, config)
+    apply_rates(model, cfg.stage.lr)
+    if cfg.trainer.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # The name of transformers 5.17, which later 5.x only deprecate.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return StageParts(model, processor, dataset, TrainCollator(processor.pad_id))
+
+
+def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> RecordDataset:
+    """The stage's data."""
+    records = load_records(load_recipe(cfg.data.recipe, cfg.data.root))
+    return RecordDataset(
+        records, processor, cfg.stage.template, cfg.data.max_length, cfg.data.on_error, cfg.data.error_budget
+    )
+
+
+def open_model(cfg: TrainConfig, config: SkipVisionConfig) -> SkipVisionForConditionalGeneration:
+    """The stage's model with its weights."""
+    if cfg.stage.start_from is not None:
+        model, report = start_stage(Path(cfg.stage.start_from), config)
+    else:
+        vision = source_path(cfg.model.vision_weights)
+        architecture = cfg.model.vision_architecture
+        if vision is not None:
+            check_vision_facts(cfg.model, read_vision_checkpoint(vision, architecture).facts, str(vision))
+        model, report = build_model(config, source_path(cfg.model.llm), vision, architecture)
+    log.info("weights: %s", report.summary())
+    return model
+
+
+def describe_stage(cfg: TrainConfig) -> str:
+    """What ``--dry-run`` prints. Builds the model on the meta device; needs no weights, data or GPU.
+
+    Raises:
+        SkipVisionError: the configuration cannot work.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(cfg, processes)
+    tokenizer = load_tokenizer(cfg)
+    config = model_config(cfg, tokenizer)
+    model = meta_model(config)
+    parts = apply_rates(model, cfg.stage.lr)
+    samples, sample = first_sample(cfg, config, tokenizer)
+    arithmetic = BatchArithmetic.of(cfg.trainer, samples, processes)
+    return dryrun.report(cfg, config, model, parts, arithmetic, sample)
+
+
+def first_sample(
+    cfg: TrainConfig, config: SkipVisionConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int | None, list[str]]:
+    """The number of records and a picture of the first one, or None and why it cannot be shown."""
+    if tokenizer is None:
+        return None, ["none: no tokenizer (model.tokenizer, model.llm or stage.start_from)"]
+    try:
+        dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
+        example = dataset[0]
+    except SkipVisionError as error:
+        return None, [f"none: {error}"]
+    if example is None:
+        return len(dataset), ["none: the first record cannot be used; the log says why"]
+    lines = dryrun.mark_sample(
+        pieces=[str(tokenizer.decode([i])) for i in example.input_ids],
+        kinds=[TokenKind(kind) for kind in example.token_kinds],
+        supervised=[label != IGNORE_INDEX for label in example.labels],
+        is_image=[i == config.image_token_id for i in example.input_ids],
+    )
+    return len(dataset), lines
+
+
+def write_out(text: str) -> None:
+    """Print on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text)

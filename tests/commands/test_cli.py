@@ -1,0 +1,191 @@
+"""The command line as a user meets it: help, suggestions, one-line errors, nothing left on the disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from skipvision_train import cli
+from skipvision_train.errors import ConfigError
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process, in an empty folder: status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["skipvision"])
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        out = capsys.readouterr()
+        return stopped.value.code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Replace training by a recorder of the configuration."""
+    from skipvision_train.commands import train
+
+    configs = []
+    monkeypatch.setattr(train, "run", configs.append)
+    return configs
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; from skipvision_train.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name, text in cli.COMMANDS.items():
+        assert f"{name} " in done.stdout
+        assert text in done.stdout
+
+
+def test_module_and_script_are_the_same(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "skipvision_train", "trian"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 'trian' is no command; did you mean 'train'?")
+    assert "Traceback" not in done.stderr
+
+
+def test_version(command):
+    from skipvision_train import __version__
+
+    assert command("--version") == (0, f"skipvision {__version__}\n", "")
+
+
+def test_config_becomes_the_dataclass(command, seen):
+    status, _, error = command("train", "experiment=sv_cos", "trainer.seed=7", "model.reducer.local_keep=128")
+    assert (status, error) == (0, "")
+    (cfg,) = seen
+    assert type(cfg).__name__ == "TrainConfig"
+    assert cfg.trainer.seed == 7
+    assert cfg.model.reducer.local_keep == 128
+    assert cfg.model.connector.queries == [16, 256, 1024]
+    assert cfg.deepspeed.stage == 3
+
+
+def test_dry_run_flag_is_an_override(command, seen):
+    command("train", "--dry-run")
+    command("train")
+    assert [cfg.dry_run for cfg in seen] == [True, False]
+
+
+def test_nothing_is_left_behind(command, seen, tmp_path):
+    command("train", "experiment=sv_cos")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_multirun_runs_every_job(command, seen):
+    status, _, error = command(
+        "train", "--multirun", "trainer.seed=1,2", "trainer.output_dir='outputs/${trainer.seed}'"
+    )
+    assert (status, error) == (0, "")
+    assert [(cfg.trainer.seed, cfg.trainer.output_dir) for cfg in seen] == [(1, "outputs/1"), (2, "outputs/2")]
+
+
+def test_own_config_directory(command, seen, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "half.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - sv_cos\n\ntrainer:\n  global_batch: 64\n"
+    )
+    status, _, error = command("train", "--config-dir", "mine", "experiment=half")
+    assert (status, error) == (0, "")
+    assert seen[0].trainer.global_batch == 64
+    assert seen[0].trainer.output_dir == "outputs/sv_cos"
+
+
+def test_cfg_job_prints_the_configuration(command, seen):
+    status, out, _ = command("train", "experiment=cos_pretrain", "--cfg", "job")
+    assert status == 0
+    assert "image_size: 224" in out
+    assert seen == []
+
+
+def test_command_help_shows_the_configuration(command):
+    status, out, _ = command("train", "--help")
+    assert status == 0
+    assert out.startswith("skipvision train: train one stage")
+    assert "global_batch" in out
+
+
+def test_hydra_settings_can_be_overridden(command, seen, tmp_path):
+    command("train", "hydra.run.dir=elsewhere", "hydra.output_subdir=hydra")
+    assert (tmp_path / "elsewhere" / "hydra" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=3", "--local-rank=3"])
+def test_local_rank_of_the_launcher(command, seen, monkeypatch, spelling):
+    monkeypatch.setenv("LOCAL_RANK", "placeholder")  # registers the variable for restoring
+    monkeypatch.delenv("LOCAL_RANK")
+    status, _, error = command(spelling, "train", "trainer.seed=5")
+    assert (status, error) == (0, "")
+    assert os.environ["LOCAL_RANK"] == "3"
+    assert seen[0].trainer.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_stps=3", "error: trainer.max_stps: no such field; did you mean 'max_steps'"),
+        ("trainr.seed=3", "error: trainr: no such field; did you mean 'trainer'?"),
+        ("trainer.max_steps=soon", "error: trainer.max_steps: Value 'soon' of type 'str' could not be converted"),
+        ("model.connector.windows=16", "error: model.connector.windows: "),
+        ("model=sv_coz", "error: model: no configuration named 'sv_coz'; did you mean 'sv_cos'"),
+        ("experimnt=sv_cos", "error: experimnt: "),
+        ("data.recipe=???", "error: data.recipe: needs a value; give it as data.recipe=..."),
+        ("nonsense", "error: nonsense: "),
+        ("a=[1", "error: a=[1: "),
+    ],
+)
+def test_mistakes_are_one_line(command, seen, override, message):
+    status, out, error = command("train", override)
+    assert status == 1
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+    assert out == ""
+    assert seen == []
+
+
+def test_a_typo_in_a_file_names_the_field(command, seen, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "bad.yaml").write_text("# @package _global_\nstage:\n  warmup_ration: 0.1\n")
+    status, _, error = command("train", "--config-dir", "mine", "experiment=bad")
+    assert status == 1
+    assert error.startswith("error: stage.warmup_ration: no such field; did you mean 'warmup_ratio'?")
+
+
+def test_package_errors_have_no_traceback(command, monkeypatch):
+    from skipvision_train.commands import train
+
+    def refuse(cfg: object) -> None:
+        raise ConfigError("trainer.seed: -1 is out of range")
+
+    monkeypatch.setattr(train, "run", refuse)
+    assert command("train") == (1, "", "error: trainer.seed: -1 is out of range\n")
+
+
+def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
+    from skipvision_train.commands import train
+
+    def break_(cfg: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", break_)
+    monkeypatch.setattr(sys, "argv", ["skipvision"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])

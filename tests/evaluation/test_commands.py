@@ -1,0 +1,183 @@
+"""evaluate, calibrate, generate and report, one after the other, on a tiny saved model."""
+
+import hashlib
+import json
+import math
+
+import pytest
+
+from skipvision_train.commands import calibrate, evaluate, generate, report
+from skipvision_train.errors import CheckpointError, ConfigError, PlanError
+from skipvision_train.evaluation.evaluate import predict
+from skipvision_train.evaluation.results import EvaluationResult
+from skipvision_train.plans import VISUAL, SkipPlan, TokenKind, dense, skip_ffn, vskip
+
+
+@pytest.fixture
+def settings(checkpoint, data, tmp_path):
+    return {"checkpoint": str(checkpoint), "recipe": str(data / "recipe.yaml"), "data_root": str(data)}
+
+
+def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
+    calibrate.run(calibrate.Config(**settings, output=str(tmp_path / "vskip"), samples=5, task="colour", layers=2))
+    text = capsys.readouterr().out
+    assert text.count("e-0") + text.count("e+0") == 3  # a line per layer
+    assert text.count("  skipped\n") == 2
+
+    plan = SkipPlan.load(tmp_path / "vskip" / "plan.json")
+    vig = json.loads((tmp_path / "vskip" / "vig.json").read_text())
+    assert plan.name == "skip_ffn + V-Skip"
+    assert 2 in plan.layers_without_attention()  # the last layer is free
+    assert plan.layers_without_attention() == tuple(vig["layers"])
+    assert len(vig["layers"]) == 2
+    assert plan.evict == skip_ffn(3).evict
+    assert all(TokenKind.SKIPPED in rule.no_ffn for rule in plan.rules)
+    assert plan.rules[2].no_attention == VISUAL
+    assert vig["scores"][2] == 0
+    assert vig["scores"][vig["layers"][0]] <= max(vig["scores"])
+    facts = plan.provenance
+    assert facts["scores"] == vig["scores"]
+    assert facts["config_sha256"] == hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    assert len(set(facts["records"])) == 5
+    assert all(name.startswith("tiny/c") for name in facts["records"])
+    assert (facts["seed"], facts["task"], facts["base_plan"]) == (0, "colour", "skip_ffn")
+    assert (tmp_path / "vskip" / "vig.png").read_bytes().startswith(b"\x89PNG")
+
+    own = evaluate.Config(**settings, output=str(tmp_path / "own"), blind=True, timing=True, timing_samples=1)
+    evaluate.run(own)
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()[:6]] == ["task", "colour", "count", "pair", "words", "mean"]
+    skipping = evaluate.Config(
+        **settings, output=str(tmp_path / "other"), plan=str(tmp_path / "vskip" / "plan.json"), batch_size=5
+    )
+    evaluate.run(skipping)
+    result = EvaluationResult.load(tmp_path / "own" / "evaluation.json")
+    other = EvaluationResult.load(tmp_path / "other" / "evaluation.json")
+    assert result.plan == skip_ffn(3)
+    assert other.plan == plan
+    assert set(result.timing) == {"dense", "plan"}
+    assert other.blind is None
+    assert other.cost.decoder_plan < result.cost.decoder_plan < result.cost.decoder_dense
+    assert result.versions["torch"]
+
+    page = tmp_path / "pages" / "report.html"
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n')
+    report.run(
+        report.Config(
+            output=str(page),
+            runs=[str(tmp_path / "sft")],
+            evaluations=[str(tmp_path / "own"), str(tmp_path / "other" / "evaluation.json")],
+            vig=[str(tmp_path / "vskip")],
+            data_root=str(data),
+            examples=5,
+        )
+    )
+    html = page.read_text()
+    assert html.count("<article") == 5
+    assert "skip_ffn + V-Skip" in html
+    assert [p.name for p in page.parent.iterdir()] == ["report.html"]
+
+
+def test_evaluation_of_a_saved_model_is_that_of_the_model(settings, model, processor, records, data, tmp_path):
+    evaluate.run(evaluate.Config(**settings, output=str(tmp_path / "e"), max_new_tokens=5))
+    saved = EvaluationResult.load(tmp_path / "e" / "evaluation.json")
+    assert list(saved.predictions) == predict(model, processor, records, 3, 5, root=data)
+
+
+def test_calibration_is_reproducible(settings, tmp_path):
+    plans = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        calibrate.run(calibrate.Config(**settings, output=str(tmp_path / name), samples=4, seed=seed, batch_size=3))
+        plans.append(SkipPlan.load(tmp_path / name / "plan.json"))
+    assert plans[0].to_dict() == plans[1].to_dict()
+    assert plans[0].provenance["records"] != plans[2].provenance["records"]
+    assert len(plans[0].layers_without_attention()) == 1  # half of 3
+
+
+def test_dense_model_gets_a_plain_vskip_plan():
+    plan = calibrate.combine(dense(4), (1, 3), "norm", {"seed": 1})
+    assert plan == SkipPlan("V-Skip", vskip(4, (1, 3), "norm").rules)
+    assert plan.provenance == {"seed": 1}
+
+
+def test_limit_draws_per_task(records):
+    assert evaluate.limit_per_task(records, None, 0) == records
+    few = evaluate.limit_per_task(records, 2, 0)
+    assert [r.task for r in few] == ["colour"] * 2 + ["count"] * 2 + ["pair"] * 2 + ["words"] * 2
+    assert evaluate.limit_per_task(records, 2, 0) == few
+    assert any(evaluate.limit_per_task(records, 2, seed) != few for seed in range(1, 5))
+    assert evaluate.limit_per_task(records, 100, 0) == records
+
+
+def test_generate_prints_the_answer_alone(settings, model, processor, records, data, capsys):
+    """Record c2 shows image 1.png; a prompt without a marker gets its image in front."""
+    (expected,) = predict(model, processor, [records[2]], 1, 8)
+    for prompt in ("Which colour has object 2?", "<image>\nWhich colour has object 2?"):
+        generate.run(
+            generate.Config(
+                checkpoint=settings["checkpoint"],
+                prompt=prompt,
+                image=[str(data / "images" / "1.png")],
+                max_new_tokens=8,
+            )
+        )
+        assert capsys.readouterr().out == expected.output + "\n"
+
+
+def test_generate_under_another_plan_and_with_a_system_message(settings, capsys):
+    answers = []
+    for extra in ({}, {"system": "Be brief."}):
+        generate.run(
+            generate.Config(checkpoint=settings["checkpoint"], prompt="Hello", plan="dense", max_new_tokens=8, **extra)
+        )
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "error", "message"),
+    [
+        (evaluate, {"checkpoint": "nowhere"}, CheckpointError, "nowhere is no model directory"),
+        (evaluate, {"batch_size": 0}, ConfigError, "batch_size: 0"),
+        (evaluate, {"limit": 0}, ConfigError, "limit: 0"),
+        (evaluate, {"precision": "int8"}, ConfigError, "precision: 'int8'"),
+        (evaluate, {"device": "abacus"}, ConfigError, "device: 'abacus'"),
+        (evaluate, {"plan": "nothing.json"}, PlanError, "no such plan file"),
+        (calibrate, {"task": "smell"}, ConfigError, "colour, count, pair, words"),
+        (calibrate, {"samples": 15}, ConfigError, "only 14 records"),
+        (calibrate, {"layers": 4, "samples": 2}, ConfigError, "layers: 4"),
+        (calibrate, {"layers": 0, "samples": 2}, ConfigError, "layers: 0"),
+        (calibrate, {"bypass": "one"}, ConfigError, "bypass: 'one'"),
+    ],
+)
+def test_mistakes_are_named(command, changes, error, message, settings, tmp_path):
+    values = {**settings, "output": str(tmp_path / "out"), **changes}
+    with pytest.raises(error, match=message):
+        command.run(command.Config(**values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_of_another_depth(settings, tmp_path):
+    vskip(5, [1]).save(tmp_path / "deep.json")
+    with pytest.raises(PlanError, match="5 layers, the model has 3"):
+        evaluate.run(evaluate.Config(**settings, output=str(tmp_path), plan=str(tmp_path / "deep.json")))
+
+
+def test_report_needs_an_evaluation(tmp_path):
+    with pytest.raises(ConfigError, match="evaluations"):
+        report.run(report.Config(output=str(tmp_path / "r.html")))
+
+
+def test_table_shows_percentages(settings, tmp_path, capsys):
+    evaluate.run(evaluate.Config(**settings, output=str(tmp_path / "e"), max_new_tokens=1))
+    result = EvaluationResult.load(tmp_path / "e" / "evaluation.json")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("count"))
+    count = result.scores.tasks["count"]
+    assert line.split() == [
+        "count",
+        "4",
+        f"{100 * count.value:.1f}%",
+        *f"{100 * count.low:.1f} to {100 * count.high:.1f}".split(),
+    ]
+    assert math.isclose(result.scores.mean.value, sum(a.value for a in result.scores.tasks.values()) / 4)

@@ -1,0 +1,139 @@
+"""Compound scaling, weight by weight, on the paper's token counts with tiny widths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.models.configuration import ConnectorConfig
+from skipvision_train.models.connectors import MultiScaleResampler
+from skipvision_train.models.scaling import repeat_queries, scale_resampler
+
+WIDTH, OUT = 8, 6
+SMALL = ConnectorConfig(windows=(16, 4), queries=(16, 64), head_dim=4)
+LARGE = ConnectorConfig(windows=(32, 4, 2), queries=(16, 256, 1024), head_dim=4)
+
+
+def pretrained(config: ConnectorConfig = SMALL, grid: int = 16) -> MultiScaleResampler:
+    torch.manual_seed(0)
+    model = MultiScaleResampler(config, grid, WIDTH, 2, OUT)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def scaled_model(old: MultiScaleResampler) -> MultiScaleResampler:
+    model = MultiScaleResampler(LARGE, 32, WIDTH, 2, OUT)
+    model.load_state_dict(scale_resampler(old.state_dict(), SMALL, 16, LARGE, 32), strict=True)
+    return model
+
+
+def test_80_to_1296_tokens_weight_by_weight():
+    state = pretrained().state_dict()
+    scaled = scale_resampler(state, SMALL, 16, LARGE, 32)
+    assert set(scaled) == set(MultiScaleResampler(LARGE, 32, WIDTH, 2, OUT).state_dict())
+    for name, tensor in scaled.items():
+        if name.startswith("levels.") and not name.endswith(".queries"):
+            level, rest = name.removeprefix("levels.").split(".", 1)
+            source = f"levels.{min(int(level), 1)}.{rest}"
+            assert tensor.equal(state[source]), name
+        elif not name.startswith("levels."):
+            assert tensor.equal(state[name]), name
+    assert scaled["levels.0.queries"].equal(state["levels.0.queries"])
+    old = state["levels.1.queries"]
+    for level, side in ((1, 8), (2, 16)):
+        queries = scaled[f"levels.{level}.queries"]
+        assert queries.shape == (side * side * 4, WIDTH)
+        factor = side // 4
+        for row in range(side):
+            for column in range(side):
+                for query in range(4):
+                    new_index = (row * side + column) * 4 + query
+                    old_index = ((row // factor) * 4 + column // factor) * 4 + query
+                    assert queries[new_index].equal(old[old_index])
+
+
+@torch.no_grad()
+def test_a_scaled_level_computes_what_the_old_one_does_on_a_corresponding_window():
+    old = pretrained()
+    new = scaled_model(old)
+    # Paste the patches of an old 4 x 4 window into a new 4 x 4 window that lies at the same place of the image, and
+    # enlarge a 2 x 2 window's patches to 4 x 4 (each key twice along both axes leaves the attention's average alone).
+    small = [torch.randn(1, 16, 16, WIDTH) for _ in range(2)]
+    for row, column in ((0, 0), (2, 5), (7, 3)):
+        large = [torch.randn(1, 32, 32, WIDTH) for _ in range(2)]
+        place = slice(row * 4, row * 4 + 4), slice(column * 4, column * 4 + 4)
+        home = slice(row // 2 * 4, row // 2 * 4 + 4), slice(column // 2 * 4, column // 2 * 4 + 4)
+        for s, b in zip(small, large, strict=True):
+            b[(slice(None), *place)] = s[(slice(None), *home)]
+        tokens = new([b.flatten(1, 2) for b in large])[1][0].view(8, 8, 4, OUT)[row, column]
+        expected = old([s.flatten(1, 2) for s in small])[1][0].view(4, 4, 4, OUT)[row // 2, column // 2]
+        torch.testing.assert_close(tokens, expected)
+    large = [torch.randn(1, 32, 32, WIDTH) for _ in range(2)]
+    row, column = 9, 14
+    for s, b in zip(small, large, strict=True):
+        window = b[:, row * 2 : row * 2 + 2, column * 2 : column * 2 + 2]
+        doubled = window.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        s[:, row // 4 * 4 : row // 4 * 4 + 4, column // 4 * 4 : column // 4 * 4 + 4] = doubled
+    tokens = new([b.flatten(1, 2) for b in large])[2][0].view(16, 16, 4, OUT)[row, column]
+    expected = old([s.flatten(1, 2) for s in small])[1][0].view(4, 4, 4, OUT)[row // 4, column // 4]
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_same_shape_is_the_identity():
+    state = pretrained().state_dict()
+    scaled = scale_resampler(state, SMALL, 16, SMALL, 16)
+    assert set(scaled) == set(state)
+    assert all(scaled[name].equal(state[name]) for name in state)
+
+
+def test_equal_levels_map_one_to_one():
+    old = ConnectorConfig(windows=(8, 4, 2), queries=(3, 8, 16), head_dim=4)
+    new = ConnectorConfig(windows=(16, 4, 2), queries=(3, 32, 64), head_dim=4)
+    state = pretrained(old, 8).state_dict()
+    scaled = scale_resampler(state, old, 8, new, 16)
+    for level in range(3):
+        name = f"levels.{level}.blocks.1.mlp.1.weight"
+        assert scaled[name].equal(state[name])
+    assert scaled["levels.1.queries"].equal(repeat_queries(state["levels.1.queries"], 2, 4))
+    MultiScaleResampler(new, 16, WIDTH, 2, OUT).load_state_dict(scaled)
+
+
+def test_336_tokens_are_reached_too():
+    new = ConnectorConfig(windows=(32, 8, 4), queries=(16, 64, 256), head_dim=4)
+    scaled = scale_resampler(pretrained().state_dict(), SMALL, 16, new, 32)
+    MultiScaleResampler(new, 32, WIDTH, 2, OUT).load_state_dict(scaled)
+
+
+@pytest.mark.parametrize(
+    ("windows", "queries", "message"),
+    [
+        (
+            (32, 16, 4),
+            (16, 64, 256),
+            r"connector.queries\[1\]: 16 queries per window, but level 1 of the weights has 4",
+        ),
+        (
+            (32, 4, 2),
+            (8, 256, 1024),
+            r"connector.queries\[0\]: 8 queries per window, but level 0 of the weights has 16",
+        ),
+        ((32, 16, 4), (16, 16, 256), r"connector.windows\[1\]: 2 x 2 windows are no multiple of the 4 x 4"),
+    ],
+)
+def test_levels_that_cannot_be_mapped_are_named(windows, queries, message):
+    new = ConnectorConfig(windows=windows, queries=queries, head_dim=4)
+    with pytest.raises(ConfigError, match=message):
+        scale_resampler(pretrained().state_dict(), SMALL, 16, new, 32)
+
+
+def test_other_mismatches_are_named():
+    state = pretrained().state_dict()
+    with pytest.raises(ConfigError, match=r"connector.head_dim: 8, but the weights were trained with 4"):
+        scale_resampler(state, SMALL, 16, ConnectorConfig(windows=(16, 4), queries=(16, 64), head_dim=8), 16)
+    with pytest.raises(ConfigError, match=r"connector.windows\[0\]: 32 does not divide"):
+        scale_resampler(state, SMALL, 16, LARGE, 16)
+    state["levels.1.queries"] = state["levels.1.queries"][:32]
+    with pytest.raises(CheckpointError, match=r"levels\.1\.queries: found 32 queries, connector.queries has 64"):
+        scale_resampler(state, SMALL, 16, LARGE, 32)

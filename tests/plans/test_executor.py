@@ -1,0 +1,385 @@
+"""The executor against stock transformers and against its own invariants."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from skipvision_train.errors import PlanError
+from skipvision_train.plans import (
+    LayerRule,
+    SkipPlan,
+    TokenKind,
+    attach,
+    compose,
+    dense,
+    ffn_skip,
+    find_decoder,
+    shortv,
+    skip_ffn,
+    vskip,
+)
+
+IMAGE_IN_TEXT = "ttrryssyttt"
+PLANS = {
+    "skip_ffn": skip_ffn(3, evict=()),
+    "vskip": vskip(3, [0, 2]),
+    "vskip_norm": vskip(3, [0, 1], bypass="norm"),
+    "ffn_skip": ffn_skip(3, [1]),
+    "shortv": shortv(3, [0, 1, 2]),
+    "mixed": compose([vskip(3, [1]), skip_ffn(3, evict=())]),
+}
+
+
+def text(layout):
+    return layout.kinds == TokenKind.TEXT
+
+
+# --- oracle 1: nothing to skip is the stock model ------------------------------------------------------------------
+
+
+def test_dense_plan_attaches_nothing(kit, model):
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    with attach(model, dense(3)) as attachment:
+        assert not attachment.active
+        assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_kinds_not_in_the_batch_change_no_bit(kit, model, name):
+    layout = kit.layout_of("tttttyt", "..ttttt")
+    ids = kit.ids_for(layout)
+    stock = model(ids, attention_mask=layout.attention_mask, position_ids=layout.position_ids, use_cache=False).logits
+    assert torch.equal(kit.logits_of(model, ids, layout, PLANS[name]), stock)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_calls_without_a_layout_are_stock(kit, model, name):
+    ids = kit.ids_for(kit.layout_of("ttttt"))
+    stock = model(ids, use_cache=False).logits
+    with attach(model, PLANS[name]):
+        assert torch.equal(model(ids, use_cache=False).logits, stock)
+
+
+def test_detach_restores_the_instance(kit, model):
+    layout = kit.layout_of(IMAGE_IN_TEXT)
+    ids = kit.ids_for(layout)
+    stock = model(ids, use_cache=False).logits
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    names = list(model.state_dict())
+    attachment = attach(model, PLANS["mixed"])
+    assert list(model.state_dict()) == names
+    assert not torch.equal(model(ids, token_layout=layout, use_cache=False).logits, stock)
+    attachment.detach()
+    attachment.detach()
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert torch.equal(model(ids, use_cache=False).logits, stock)
+
+
+def test_a_forward_set_by_somebody_else_is_used_and_given_back(kit, model):
+    layer, calls = model.model.layers[1], []
+    own = layer.forward
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    layer.forward = counting
+    with attach(model, vskip(3, [0])):
+        model(kit.ids_for(kit.layout_of("trt")), token_layout=kit.layout_of("trt"), use_cache=False)
+    assert calls == [1]
+    assert layer.__dict__["forward"] is counting
+
+
+def test_other_instances_and_copies_are_independent(kit, model):
+    layout = kit.layout_of(IMAGE_IN_TEXT)
+    ids = kit.ids_for(layout)
+    other = kit.make_model(seed=1)
+    stock_other = other(ids, use_cache=False).logits
+    with attach(model, PLANS["mixed"]):
+        assert torch.equal(other(ids, use_cache=False).logits, stock_other)
+        twin = copy.deepcopy(model)
+        expected = model(ids, token_layout=layout, use_cache=False).logits
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(twin(ids, token_layout=layout, use_cache=False).logits, expected)
+
+
+def test_save_pretrained_while_attached(kit, model, tmp_path):
+    ids = kit.ids_for(kit.layout_of("ttttt"))
+    with attach(model, PLANS["mixed"]):
+        model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+# --- oracles 2, 3, 7: what a plan may and may not change -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [vskip, ffn_skip, shortv, lambda n, layers: vskip(n, layers, bypass="norm")])
+def test_last_layer_changes_no_text_logit_and_earlier_layers_do(kit, model, make):
+    layout = kit.layout_of("ttrrssttt", ".trsttrst")
+    ids = kit.ids_for(layout)
+    stock = kit.logits_of(model, ids, layout, dense(3))
+    last = kit.logits_of(model, ids, layout, make(3, [2]))
+    # The same sums over fewer rows: matrix products of another shape round differently in the last bits.
+    torch.testing.assert_close(last[text(layout)], stock[text(layout)], atol=2e-6, rtol=1e-6)
+    assert (last - stock)[layout.is_kind(frozenset({TokenKind.SKIPPED}))].abs().max() > 1e-2
+    first = kit.logits_of(model, ids, layout, make(3, [0]))
+    assert (first - stock)[text(layout)].abs().max() > 1e-2
+    before_image = layout.kinds.ne(TokenKind.TEXT).cumsum(-1).eq(0)
+    torch.testing.assert_close(first[before_image], stock[before_image], atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 2], [0, 1, 2]])
+def test_shortv_is_vskip_and_ffn_skip(kit, model, layers):
+    layout = kit.layout_of(IMAGE_IN_TEXT, "...ttrsrstt")
+    ids = kit.ids_for(layout)
+    both = compose([vskip(3, layers), ffn_skip(3, layers)])
+    assert both.rules == shortv(3, layers).rules
+    a, b = (kit.logits_of(model, ids, layout, plan) for plan in (shortv(3, layers), both))
+    assert torch.equal(a, b)
+    frozen = model.model
+    with attach(model, shortv(3, [0])), torch.no_grad():
+        states = frozen(ids, token_layout=layout, use_cache=False, output_hidden_states=True).hidden_states
+    visual = layout.is_kind(frozenset({TokenKind.RETAINED, TokenKind.SKIPPED}))
+    assert torch.equal(states[1][visual], states[0][visual])
+    assert not torch.equal(states[1][text(layout)], states[0][text(layout)])
+
+
+def test_zero_and_norm_bypass_differ_by_the_normed_input(kit, model):
+    layout = kit.layout_of(IMAGE_IN_TEXT)
+    ids = kit.ids_for(layout)
+    rule = {"no_attention": {"retained", "skipped"}, "no_ffn": {"retained", "skipped"}}
+    states = {}
+    for bypass in ("zero", "norm"):
+        plan = SkipPlan(bypass, (LayerRule(**rule, bypass=bypass), LayerRule(), LayerRule()))
+        with attach(model, plan), torch.no_grad():
+            out = model(ids, token_layout=layout, use_cache=False, output_hidden_states=True)
+        states[bypass] = out.hidden_states
+    visual = layout.is_kind(frozenset({TokenKind.RETAINED, TokenKind.SKIPPED}))
+    normed = model.model.layers[0].input_layernorm(states["zero"][0])
+    torch.testing.assert_close((states["norm"][1] - states["zero"][1])[visual], normed[visual])
+    assert torch.equal(states["norm"][1][~visual], states["zero"][1][~visual])
+    assert not torch.allclose(states["norm"][2][text(layout)], states["zero"][2][text(layout)])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_text_before_an_image_never_sees_it(kit, model, name):
+    layout = kit.layout_of("tttrrysyttrsttt")
+    ids = kit.ids_for(layout)
+    changed = ids.clone()
+    changed[0, 3:8] = (ids[0, 3:8] + 5) % 40
+    a, b = (kit.logits_of(model, x, layout, PLANS[name]) for x in (ids, changed))
+    assert torch.equal(a[:, :3], b[:, :3])
+    assert (a - b)[:, 8:10].abs().min(-1).values.max() > 1e-4
+    changed = ids.clone()
+    changed[0, 10:12] = (ids[0, 10:12] + 5) % 40
+    assert torch.equal(a[:, :10], kit.logits_of(model, changed, layout, PLANS[name])[:, :10])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_batched_equals_one_by_one(kit, model, name):
+    rows = ["ttrryssyttt", "...rrsstttt", ".....tttttt", "trst......."]
+    layout = kit.layout_of(*rows)
+    ids = kit.ids_for(layout)
+    batched = kit.logits_of(model, ids, layout, PLANS[name])
+    for i, row in enumerate(rows):
+        real = layout.kinds[i] != TokenKind.PAD
+        alone = kit.logits_of(model, ids[i : i + 1, real], kit.layout_of(row.strip(".")), PLANS[name])
+        torch.testing.assert_close(batched[i, real], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_packed_equals_one_by_one_in_dense_layers_too(kit, model):
+    """The first layer gathers queries, the others run stock attention: both must keep documents apart."""
+    layout = kit.layout_of("ttrstrrst.", documents=[[0] * 5 + [1] * 4 + [2]])
+    ids = kit.ids_for(layout)
+    packed = kit.logits_of(model, ids, layout, vskip(3, [0]))
+    for start, stop, row in ((0, 5, "ttrst"), (5, 9, "rrst")):
+        alone = kit.logits_of(model, ids[:, start:stop], kit.layout_of(row), vskip(3, [0]))
+        torch.testing.assert_close(packed[:, start:stop], alone, atol=1e-5, rtol=1e-4)
+
+
+# --- what transformers does around us ------------------------------------------------------------------------------
+
+
+def test_transformers_hands_unknown_keywords_to_the_layers(kit, model):
+    """The executor relies on it. Should this fail after an update, the index tensors need another way."""
+    seen = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs.get("unheard_of")), with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    model(kit.ids_for(kit.layout_of("ttt")), unheard_of="x", use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert seen == ["x"] * 3
+
+
+def test_the_wrapped_forward_has_the_stock_order_of_arguments(kit, model):
+    stock = list(inspect.signature(type(model.model).forward).parameters)[1:]
+    with attach(model, PLANS["vskip"]):
+        ours = list(inspect.signature(model.model.forward).parameters)
+    assert ours[: len(stock) - 1] == stock[:-1]
+
+
+# Deprecated in transformers 5.23, but the only name that 5.17 knows.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["mixed", "vskip_norm"])
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(kit, model, name, reentrant):
+    layout = kit.layout_of(IMAGE_IN_TEXT, "...ttrsrstt")
+    ids = kit.ids_for(layout)
+
+    def gradients():
+        model.zero_grad()
+        calls = []
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        with attach(model, PLANS[name]):
+            labels = ids.masked_fill(layout.kinds != TokenKind.TEXT, -100)
+            model(ids, token_layout=layout, labels=labels).loss.backward()
+        hook.remove()
+        return len(calls), [parameter.grad.clone() for parameter in model.parameters()]
+
+    model.train()
+    plain_calls, plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls, checkpointed = gradients()
+    assert (plain_calls, calls) == (1, 2)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_dropout_acts_in_training_only(kit):
+    model = kit.make_model(attention_dropout=0.5)
+    layout = kit.layout_of(IMAGE_IN_TEXT)
+    ids, plan = kit.ids_for(layout), vskip(3, [0, 1, 2])
+    assert torch.equal(*(kit.logits_of(model, ids, layout, plan) for _ in range(2)))
+    model.train()
+    assert not torch.equal(*(kit.logits_of(model, ids, layout, plan) for _ in range(2)))
+
+
+def test_bfloat16_and_autocast(kit, model):
+    layout = kit.layout_of(IMAGE_IN_TEXT, "...ttrsrstt")
+    ids = kit.ids_for(layout)
+    exact = kit.logits_of(model, ids, layout, PLANS["mixed"])[text(layout)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = kit.logits_of(model, ids, layout, PLANS["mixed"])[text(layout)]
+    half = kit.logits_of(model.bfloat16(), ids, layout, PLANS["mixed"])[text(layout)]
+    for rounded in (mixed, half):
+        assert (rounded.float() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(kit, implementation):
+    layout = kit.layout_of("ttrstrrst", ".........", documents=[[0] * 5 + [1] * 4, [0] * 9])
+    ids = kit.ids_for(layout)
+    model = kit.make_model(attn_implementation=implementation)
+    real = layout.kinds != TokenKind.PAD
+    got = kit.logits_of(model, ids, layout, vskip(3, [1]))[real]
+    torch.testing.assert_close(got, kit.slow_logits(model, ids, layout, vskip(3, [1]))[real], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class"),
+    [(MistralConfig, MistralForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)],
+)
+def test_other_families(kit, config_class, model_class):
+    """The gathered code equals the stock code: the last layer changes no text, and skipping only padding nothing."""
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, sliding_window=None, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    layout = kit.layout_of("ttrrssttt", ".trsttrst")
+    ids = kit.ids_for(layout)
+    stock = kit.logits_of(model, ids, layout, dense(2))
+    last = kit.logits_of(model, ids, layout, shortv(2, [1]))
+    torch.testing.assert_close(last[text(layout)], stock[text(layout)], atol=5e-6, rtol=1e-5)
+    assert (kit.logits_of(model, ids, layout, vskip(2, [0])) - stock)[text(layout)].abs().max() > 1e-2
+
+
+def test_qwen2_5_vl_decoder_with_positions_in_three_dimensions(kit):
+    torch.manual_seed(0)
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
+    )  # fmt: skip
+    decoder = Qwen2_5_VLTextModel(config).eval()
+    layout = kit.layout_of("ttrrssttt", ".trsttrst")
+    call = {"inputs_embeds": decoder.embed_tokens(kit.ids_for(layout)), "use_cache": False}
+    call["position_ids"] = torch.stack([layout.position_ids, layout.position_ids // 2, layout.position_ids % 3])
+    stock = decoder(**call, attention_mask=layout.attention_mask).last_hidden_state[text(layout)]
+    for plan, changes in ((shortv(2, [1]), False), (shortv(2, [0]), True)):
+        with attach(decoder, plan):
+            got = decoder(**call, token_layout=layout).last_hidden_state[text(layout)]
+        assert ((got - stock).abs().max() > 1e-5) == changes
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_find_decoder(kit, model):
+    assert find_decoder(model) is model.model
+    assert find_decoder(model.model) is model.model
+    holder = torch.nn.Module()
+    holder.language_model, holder.vision = model, torch.nn.Linear(2, 2)
+    assert find_decoder(holder) is model.model
+    holder.second = kit.make_model()
+    with pytest.raises(PlanError, match=r"several decoders \(language_model.model, second.model\)"):
+        find_decoder(holder)
+
+
+def test_find_decoder_says_what_is_missing(kit):
+    with pytest.raises(PlanError, match="no module has a list named 'layers'"):
+        find_decoder(torch.nn.Linear(2, 2))
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(PlanError, match=r"CLIPEncoderLayer.* has no input_layernorm, post_attention_layernorm"):
+        find_decoder(CLIPVisionModel(CLIPVisionConfig(**small)))
+    gemma = GemmaConfig(**small, vocab_size=40, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(PlanError, match="none of the known families llama, mistral"):
+        find_decoder(GemmaForCausalLM(gemma))
+    window = MistralConfig(**small, vocab_size=40, num_key_value_heads=2, sliding_window=4)
+    with pytest.raises(PlanError, match="sliding window of 4"):
+        find_decoder(MistralForCausalLM(window))
+
+
+def test_attach_errors(kit, model):
+    with pytest.raises(PlanError, match="'vskip' has 4 layers, the model has 3"):
+        attach(model, vskip(4, [0]))
+    with attach(model, PLANS["vskip"]), pytest.raises(PlanError, match="'shortv': plan 'vskip' is attached"):
+        attach(model, PLANS["shortv"])
+    attach(model, PLANS["shortv"]).detach()
+
+
+def test_call_errors(kit, model):
+    layout = kit.layout_of("trst")
+    with attach(model, PLANS["vskip"]):
+        with pytest.raises(PlanError, match=r"covers \(1, 4\) positions, the inputs have \(1, 5\)"):
+            model(torch.ones(1, 5, dtype=torch.long), token_layout=layout)
+        with pytest.raises(PlanError, match="has 4 dimensions"):
+            model(kit.ids_for(layout), token_layout=layout, attention_mask=layout.visible()[:, None])
+        with pytest.raises(PlanError, match="output_attentions"):
+            model(kit.ids_for(layout), token_layout=layout, output_attentions=True)

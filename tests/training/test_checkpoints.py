@@ -1,0 +1,147 @@
+"""Completeness, rotation, publishing, failed writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.training.checkpoints import (
+    MARKER,
+    CheckpointInfo,
+    all_checkpoints,
+    check_same_run,
+    mark_complete,
+    newest_complete,
+    publish_model,
+    read_marker,
+    remove_old,
+    writing,
+)
+
+INFO = CheckpointInfo(step=3, processes=1, engine="none")
+
+
+def make(run, step, complete=True):
+    path = run / f"checkpoint-{step}"
+    (path / "shards").mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"x" * 100)
+    (path / "shards" / "0.pt").write_bytes(b"y" * 50)
+    if complete:
+        mark_complete(path, CheckpointInfo(step, 1, "none"))
+    return path
+
+
+def test_marker_round_trip(tmp_path):
+    path = make(tmp_path, 3)
+    assert read_marker(path) == INFO
+    files = json.loads((path / MARKER).read_text())["files"]
+    assert files == {"model.safetensors": 100, "shards/0.pt": 50}
+
+
+@pytest.mark.parametrize("damage", ["no marker", "file gone", "file short", "marker cut", "marker of another form"])
+def test_damaged_is_not_complete(tmp_path, damage):
+    make(tmp_path, 2)
+    path = make(tmp_path, 10)
+    if damage == "no marker":
+        (path / MARKER).unlink()
+    elif damage == "file gone":
+        (path / "shards" / "0.pt").unlink()
+    elif damage == "file short":
+        (path / "model.safetensors").write_bytes(b"x" * 99)
+    elif damage == "marker cut":
+        (path / MARKER).write_text((path / MARKER).read_text()[:40])
+    else:
+        (path / MARKER).write_text('{"step": 10}')
+    assert read_marker(path) is None
+    found = newest_complete(tmp_path)
+    assert found is not None
+    assert found[0].name == "checkpoint-2"
+
+
+def test_order_is_by_number(tmp_path):
+    for step in (9, 10, 100):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-last").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert [step for step, _ in all_checkpoints(tmp_path)] == [9, 10, 100]
+    assert newest_complete(tmp_path) == (tmp_path / "checkpoint-100", CheckpointInfo(100, 1, "none"))
+
+
+def test_no_checkpoint(tmp_path):
+    assert newest_complete(tmp_path) is None
+    make(tmp_path, 1, complete=False)
+    assert newest_complete(tmp_path) is None
+
+
+def test_removal_keeps_the_newest_complete(tmp_path):
+    for step in (1, 2, 4):
+        make(tmp_path, step)
+    make(tmp_path, 3, complete=False)
+    remove_old(tmp_path, keep=2, current=4)
+    assert [step for step, _ in all_checkpoints(tmp_path)] == [2, 4]
+    remove_old(tmp_path, keep=0, current=4)
+    assert [step for step, _ in all_checkpoints(tmp_path)] == [2, 4]
+
+
+def test_other_engine_or_processes(tmp_path):
+    zero = CheckpointInfo(3, 2, "zero2")
+    with pytest.raises(CheckpointError, match="written with deepspeed zero2, this run has none"):
+        zero.check_fits(CheckpointInfo(3, 2, "none"), tmp_path)
+    with pytest.raises(CheckpointError, match="written by 2 processes, this run has 4; continue with 2"):
+        zero.check_fits(CheckpointInfo(3, 4, "zero2"), tmp_path)
+    CheckpointInfo(3, 2, "none").check_fits(CheckpointInfo(3, 4, "none"), tmp_path)
+
+
+def test_publishing_renames_a_whole_model(tmp_path):
+    partial, final = tmp_path / "model.partial", tmp_path / "model"
+    partial.mkdir()
+    save_file({"a": torch.zeros(2, 3)}, partial / "model-1.safetensors")
+    save_file({"b": torch.zeros(4)}, partial / "model-2.safetensors")
+    with pytest.raises(CheckpointError, match=r"b has shape \(4,\), the model has \(5,\)"):
+        publish_model(partial, final, {"a": (2, 3), "b": (5,)})
+    with pytest.raises(CheckpointError, match="c has shape None"):
+        publish_model(partial, final, {"c": (1,)})
+    assert not final.exists()
+    publish_model(partial, final, {"a": (2, 3), "b": (4,)})
+    assert final.is_dir()
+    assert not partial.exists()
+
+
+def test_publishing_reads_back(tmp_path):
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    save_file({"a": torch.zeros(200)}, partial / "model.safetensors")
+    content = (partial / "model.safetensors").read_bytes()
+    (partial / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read back"):
+        publish_model(partial, tmp_path / "model", {"a": (200,)})
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672]")],
+)
+def test_a_failed_write_names_the_folder(tmp_path, error):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: cannot be written: .*GB are free"), writing(folder):
+        raise error
+    assert not folder.exists()
+
+
+def test_another_runtime_error_is_a_bug(tmp_path):
+    with pytest.raises(RuntimeError, match="shape"), writing(tmp_path / "x"):
+        raise RuntimeError("shape mismatch")
+
+
+def test_same_run(tmp_path):
+    old = {"trainer": {"seed": 0, "workers": 4}, "stage": {"lr": {"llm": 1e-5}}}
+    check_same_run(old, {"trainer": {"seed": 0, "workers": 0}, "stage": {"lr": {"llm": 1e-5}}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"^trainer\.output_dir: .* stage\.lr\.llm \(1e-05 before, 2e-05 now\)"):
+        check_same_run(old, {"trainer": {"seed": 0, "workers": 4}, "stage": {"lr": {"llm": 2e-5}}}, tmp_path)
