@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skipvision_train.errors import CheckpointError
 from skipvision_train.models.configuration import SkipVisionConfig
@@ -53,15 +54,16 @@ def build_model(
     return model, report
 
 
-def _load_language_model(config: SkipVisionConfig, path: Path) -> AutoModelForCausalLM:
+def _load_language_model(config: SkipVisionConfig, path: Path) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; model.llm must be a transformers model directory")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config.text_config, output_loading_info=True, local_files_only=True, dtype=torch.float32
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot load the language model: {error}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{path}: the language model lacks {len(missing)} tensors, first {missing[0]}")
     return model

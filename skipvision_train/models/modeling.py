@@ -36,7 +36,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = SkipVisionConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 (transformers reads it off the class)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 (transformers reads it off the class)
@@ -64,7 +64,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             CheckpointError: tensors are missing or unknown; nothing is filled in silently.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for problem in ("missing_keys", "unexpected_keys"):
             if keys := sorted(info[problem]):
                 more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""

@@ -35,6 +35,7 @@ from skipvision_train.plans import (
     skip_ffn,
     vskip,
 )
+from skipvision_train.plans.attention import select_queries
 
 IMAGE_IN_TEXT = "ttrryssyttt"
 PLANS = {
@@ -217,6 +218,41 @@ def test_packed_equals_one_by_one_in_dense_layers_too(kit, model):
         torch.testing.assert_close(packed[:, start:stop], alone, atol=1e-5, rtol=1e-4)
 
 
+def test_only_active_tokens_are_computed(kit, model):
+    """The point of a plan: rows of Q, O and FFN are saved, those of K and V are not, and padding costs nothing."""
+    layout = kit.layout_of("ttrryssytt", "...rrsssst")
+    rows = {}
+
+    def count(name):
+        return lambda module, args: rows.__setitem__(name, args[0].numel() // 16)
+
+    layer = model.model.layers[1]
+    parts = {"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "o": layer.self_attn.o_proj, "ffn": layer.mlp}
+    hooks = [module.register_forward_pre_hook(count(name)) for name, module in parts.items()]
+    kit.logits_of(model, kit.ids_for(layout), layout, compose([vskip(3, [1]), ffn_skip(3, [1], {TokenKind.SKIPPED})]))
+    for hook in hooks:
+        hook.remove()
+    assert rows == {"q": 7, "k": 20, "o": 7, "ffn": 11}
+
+
+def test_no_row_of_a_mask_is_empty(kit):
+    """Kernels differ in what they make of a query without a key, or of no query at all: neither may reach them."""
+    for rows in (("tts", "ss.", "..."), ("sss", "s..")):
+        layout = kit.layout_of(*rows)
+        queries = select_queries(layout, frozenset({TokenKind.SKIPPED}), torch.device("cpu"))
+        assert queries.mask.shape == (len(rows), 1, max(1, rows[0].count("t")), 3)
+        assert queries.mask.any(-1).all()
+
+
+def test_the_attention_scale_is_the_layers_own(kit, model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.1
+    layout = kit.layout_of(IMAGE_IN_TEXT)
+    ids = kit.ids_for(layout)
+    a, b = (kit.logits_of(model, ids, layout, plan)[text(layout)] for plan in (dense(3), vskip(3, [2])))
+    torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-6)
+
+
 # --- what transformers does around us ------------------------------------------------------------------------------
 
 
@@ -265,6 +301,18 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(kit, mod
     assert (plain_calls, calls) == (1, 2)
     for a, b in zip(plain, checkpointed, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_no_cache_while_checkpointing(kit, model):
+    """transformers drops the cache then; evicting from it would fail."""
+    layout = kit.layout_of(IMAGE_IN_TEXT)
+    model.train()
+    model.gradient_checkpointing_enable()
+    for plan in (skip_ffn(3), skip_ffn(3, evict_when="before_first_token")):
+        with attach(model, plan):
+            out = model(kit.ids_for(layout), token_layout=layout, use_cache=True)
+        assert out.past_key_values is None
 
 
 def test_attention_dropout_acts_in_training_only(kit):
