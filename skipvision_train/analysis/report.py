@@ -214,7 +214,7 @@ def _cost_rows(inputs: ReportInputs) -> list[dict[str, Any]]:
     own, untimed = inputs.evaluation.cost, ("not timed", "")
     rows: list[dict[str, Any]] = []
     if not inputs.evaluation.plan.is_dense:
-        dense = [(_flops(own.decoder_dense), ""), (_bytes(own.kv_bytes_dense), ""), untimed, untimed]
+        dense = [(_flops(own.decoder_dense), ""), (_bytes(own.kv_bytes_dense), ""), ("", ""), ("", "")]
         rows.append({"plan": "dense", "cells": dense})
     for name, result in [(inputs.evaluation.plan.name, inputs.evaluation), *inputs.others.items()]:
         cost, times = result.cost, [untimed, untimed]

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from skipvision_train.errors import DataError
@@ -195,7 +195,7 @@ def _image_paths(value: Any, root: Path) -> tuple[Path, ...]:
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"'image' must be a path or a list of paths, found {_kind(name)}")
         # Decided on the text alone: data sets are often linked into the root, so links may lead out of it.
-        if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts or "\0" in name:
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
             raise DataError(f"image {name!r}: must be relative to the image root {root} and stay below it")
         paths.append(root / name)
     return tuple(paths)

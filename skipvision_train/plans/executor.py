@@ -120,7 +120,8 @@ def attach(model: nn.Module, plan: SkipPlan) -> Attachment:
     The decoder's forward takes ``token_layout`` (:class:`TokenLayout` or None) as a further keyword:
 
     * with a layout the call is a prefill or a training forward; the layout's padding, documents and, where the caller
-      gives none, positions hold. Rows may be padded left or right.
+      gives none, positions hold. Rows may be padded left or right. A layout on the CPU is best: what must be counted
+      is counted there, and nothing waits for an accelerator.
     * without one the layers run their stock code: decoding text, onto an evicted cache too. As with stock transformers,
       left-padded rows need ``position_ids`` from the caller.
     * eviction needs a cache that the caller asked for (``past_key_values`` or ``use_cache=True``); a default of the

@@ -195,7 +195,13 @@ def test_rendered_text_gives_the_same_ids(processor, picture):
         message("user", {"type": "image", "image": picture()}, text(" What is the capital? ")),
         message("assistant", text("Paris ")),
         message(
-            "user", text("and"), text(""), {"type": "image", "image": picture(seed=1)}, text("now!"), text("sure?")
+            "user",
+            text("and"),
+            text(""),
+            {"type": "image", "image": picture(seed=1)},
+            text(" now! "),
+            text(""),
+            text(" sure?"),
         ),
     ]
     rendered = processor.apply_chat_template(messages, tokenize=False)

@@ -44,6 +44,18 @@ def test_prompts_are_independent_of_the_answer(model, processor, records):
     assert outputs[0] == outputs[1]
 
 
+def test_earlier_turns_are_part_of_the_prompt(model, processor, records):
+    """The last answer is asked for; what was said before it stands in the prompt as the data has it."""
+    first, last = records[0].turns[0], Turn("user", "And which shape?")
+    lengths = []
+    for before in ("red", "blue"):
+        turns = (first, Turn("assistant", before), last, Turn("assistant", "round"))
+        (prediction,) = predict(model, processor, [replace(records[0], turns=turns)], 1, 6)
+        assert (prediction.question, prediction.answer) == ("And which shape?", "round")
+        lengths.append(prediction.tokens["text"])
+    assert lengths[1] - lengths[0] == len("blue") - len("red")
+
+
 def test_right_answers_are_counted_by_task(model, processor, records):
     first = predict(model, processor, records, 4, 6)
     own = told(records, first)
