@@ -1,3 +1,34 @@
-"""Train and run vision-language models that skip the visual computation that teaches them nothing."""
+"""Train and run vision-language models that skip the visual computation that teaches them nothing.
+
+The names below are imported when they are first used, so that ``import skipvision_train`` and ``skipvision --help``
+stay instant. ``import skipvision_train.auto`` makes transformers' Auto classes know the model.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "SkipPlan": "skipvision_train.plans",
+    "SkipVisionConfig": "skipvision_train.models.configuration",
+    "SkipVisionForConditionalGeneration": "skipvision_train.models.modeling",
+    "SkipVisionProcessor": "skipvision_train.data.processor",
+    "TokenKind": "skipvision_train.plans",
+    "attach": "skipvision_train.plans",
+}
+
+__all__ = [
+    "SkipPlan",
+    "SkipVisionConfig",
+    "SkipVisionForConditionalGeneration",
+    "SkipVisionProcessor",
+    "TokenKind",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipvision_train.sketches.questions import CAPTION_REQUESTS, TASKS, caption, conversation
-from skipvision_train.sketches.scenes import BAR_NAMES, LETTERS, MAX_HEIGHT, TextCard, random_sketch
+from skipvision_train.sketches.questions import CAPTION_REQUESTS, caption, conversation
+from skipvision_train.sketches.scenes import TextCard, random_sketch
 from skipvision_train.sketches.settings import LanguageSize, VisionSize
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from skipvision_train.sketches.scenes import BAR_NAMES, COLOURS, LETTERS, SHAPES, Chart, Placed, Scene, Sketch, TextCard
+from skipvision_train.sketches.scenes import COLOURS, SHAPES, Chart, Placed, Scene, Sketch, TextCard
 
 TASKS = ("colour", "shape", "count", "relation", "text", "existence", "bar")
-TASK_FAMILY = {task: "scene" for task in TASKS} | {"text": "text", "bar": "chart"}
+TASK_FAMILY = dict.fromkeys(TASKS, "scene") | {"text": "text", "bar": "chart"}
 NUMBERS = ("one", "two", "three", "four", "five")
 SCENE_TURNS = (("colour", 2), ("shape", 2), ("count", 1), ("relation", 2), ("existence", 2))
 CAPTION_REQUESTS = ("Describe the image.", "What does the image show?", "Write down what you see.")

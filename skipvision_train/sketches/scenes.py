@@ -30,7 +30,7 @@ MAX_HEIGHT = 6
 FAMILIES = ("scene", "text", "chart")
 
 # Share of the scenes that each split draws from, out of 16 buckets of a hash: no scene can stand in two splits.
-SPLIT_BUCKETS = {"heldout": range(0, 2), "sft": range(2, 9), "pretrain": range(9, 16)}
+SPLIT_BUCKETS = {"heldout": range(2), "sft": range(2, 9), "pretrain": range(9, 16)}
 
 
 @dataclass(frozen=True)

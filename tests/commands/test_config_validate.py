@@ -68,7 +68,7 @@ def test_the_default_is_valid(cfg):
         ("trainer.wandb", "on", r"^trainer\.wandb: 'on' is unknown; use off, offline, online"),
         ("trainer.workers", -1, r"^trainer\.workers: -1 is out of range; use 0 or more"),
         ("deepspeed", DeepSpeedSpec(stage=4), r"^deepspeed\.stage: 4 is unknown; use 1, 2 or 3"),
-        ("deepspeed", DeepSpeedSpec(offload_param=True), r"^deepspeed\.offload_param: true needs .* stage 3, not 2"),
+        ("deepspeed", DeepSpeedSpec(offload_param=True), r"^deepspeed\.offload_param: true needs .*stage 3, not 2"),
         ("deepspeed", DeepSpeedSpec(extra={"bf16": {}}), r"^deepspeed\.extra: bf16 follows from"),
     ],
 )  # fmt: skip

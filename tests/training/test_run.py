@@ -274,7 +274,7 @@ def test_vision_weights_of_another_activation(make_cfg, tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     facts = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4,
         hidden_act="gelu",
     )  # fmt: skip
     CLIPVisionModel(facts).save_pretrained(tmp_path / "clip")

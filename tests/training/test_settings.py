@@ -1,0 +1,71 @@
+"""What is handed to DeepSpeed and transformers, and the metrics file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from skipvision_train.config.specs import DeepSpeedSpec, TrainerSpec
+from skipvision_train.training.batching import BatchArithmetic
+from skipvision_train.training.callbacks import MetricsFile, read_metrics
+from skipvision_train.training.deepspeed_config import render
+from skipvision_train.training.trainer import training_arguments
+
+
+def test_zero2():
+    config = render(DeepSpeedSpec(stage=2), TrainerSpec(per_device_batch=4, precision="bf16"), 3, 0.5)
+    json.dumps(config)
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"]["stage"] == 2
+    assert not any(key.startswith("stage3") for key in config["zero_optimization"])
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_zero3_gathers_on_save_and_offloads():
+    spec = DeepSpeedSpec(stage=3, offload_param=True, offload_optimizer=True, extra={"wall_clock_breakdown": True})
+    config = render(spec, TrainerSpec(precision="fp32"), 1, 1.0)
+    zero = config["zero_optimization"]
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
+    assert config["bf16"] == {"enabled": False}
+    assert config["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.03, 5198, 156), (0.03, 10, 1), (0.0, 10, 0)])
+def test_warmup(make_cfg, ratio, steps, warmup):
+    cfg = make_cfg(f"stage.warmup_ratio={ratio}", f"trainer.max_steps={steps}")
+    arguments = training_arguments(cfg, BatchArithmetic.of(cfg.trainer, 100, 1))
+    assert arguments.warmup_steps == warmup
+    assert arguments.max_steps == steps
+    assert arguments.average_tokens_across_devices
+
+
+def test_metrics_file_is_cut_back_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    callback, state = MetricsFile(path), TrainerState(global_step=2, is_world_process_zero=True)
+    callback.on_train_begin(None, state, TrainerControl())
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    state.global_step = 3
+    callback.on_log(None, state, TrainerControl(), logs={"loss": 0.5})
+    callback.on_log(None, state, TrainerControl(), logs={"train_loss": 0.5})
+    assert read_metrics(path)[-1] == {"step": 3, "loss": 0.5}
+
+
+def test_only_the_first_process_writes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).on_log(None, TrainerState(is_world_process_zero=False), TrainerControl(), logs={"loss": 1.0})
+    assert not path.exists()
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read_metrics(path)
