@@ -1,4 +1,4 @@
-"""Import this to load Skip-Vision models through transformers' ``AutoConfig``, ``AutoModel...`` and ``AutoProcessor``."""
+"""Import this to load Skip-Vision models through ``AutoConfig``, ``AutoModelForImageTextToText``, ``AutoProcessor``."""
 
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.models.configuration import SkipVisionConfig

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # The splitting rule and the chat template of LLaMA-3 (meta-llama/Meta-Llama-3-8B-Instruct, tokenizer.json and
 # tokenizer_config.json).
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_CHAT_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -47,9 +48,9 @@ IMAGE_TOKEN = "<|reserved_special_token_0|>"
 
 _README = """# Starting checkpoints of the sketches
 
-The weights in these two directories are random: nothing was trained. They have the file formats of the real checkpoints
-(a LLaMA-3 directory of transformers, a CLIP directory of open_clip), so that the same code reads both. Only the tokenizer
-was fitted to data: to captions and questions of the sketches.
+The weights in these two directories are random: nothing was trained. They have the file formats of the real
+checkpoints (a LLaMA-3 directory of transformers, a CLIP directory of open_clip), so that the same code reads both.
+Only the tokenizer was fitted to data: to captions and questions of the sketches.
 """
 
 
@@ -124,7 +125,10 @@ def write_language_model(folder: Path, size: LanguageSize, seed: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = train_tokenizer(size.vocabulary, seed)
-    ids = tokenizer.convert_tokens_to_ids(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    first_special = size.vocabulary - len(SPECIAL_TOKENS)
+    begin, end, turn_end = (
+        first_special + SPECIAL_TOKENS.index(token) for token in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+    )
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -135,15 +139,15 @@ def write_language_model(folder: Path, size: LanguageSize, seed: int) -> None:
         max_position_embeddings=size.max_positions,
         initializer_range=size.init_std,
         rms_norm_eps=1e-5,
-        bos_token_id=ids[0],
-        eos_token_id=ids[2],
+        bos_token_id=begin,
+        eos_token_id=turn_end,
         pad_token_id=None,
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = [ids[1], ids[2]]
+    model.generation_config.eos_token_id = [end, turn_end]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

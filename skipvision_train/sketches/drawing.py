@@ -1,7 +1,7 @@
 """Draws a sketch: a pure function from a sketch and a size in pixels to an RGB image.
 
-Shapes are drawn at twice the size and averaged down, so that edges are smooth. Letters are drawn with the font that Pillow
-carries inside itself, so that no font of the system is needed.
+Shapes are drawn at twice the size and averaged down, so that edges are smooth. Letters are drawn with the font that
+Pillow carries inside itself, so that no font of the system is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is said about a sketch: its caption, and questions of seven tasks with short answers.
 
-Every question stands alone: it names what it asks about and leans on no other turn. For every task the right answers are
-equally likely, also once the question is known, so that guessing from the words scores at chance.
+Every question stands alone: it names what it asks about and leans on no other turn. For every task the right answers
+are equally likely, also once the question is known, so that guessing from the words scores at chance.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Question:
 def caption(rng: random.Random, sketch: Sketch) -> str:
     """One line that names everything visible, in an order that its first words fix.
 
-    A scene is listed by place (raster order), by shape, by colour (each in its fixed order) or by side; ``rng`` chooses.
-    Because the order is fixed, every word but the first can be told from the image, and because three of the lists name
-    objects by what they are, a model learns to find an object by its shape or its colour.
+    A scene is listed by place (raster order), by shape, by colour (each in its fixed order) or by side; ``rng``
+    chooses. Because the order is fixed, every word but the first can be told from the image, and because three of the
+    lists name objects by what they are, a model learns to find an object by its shape or its colour.
     """
     if isinstance(sketch, TextCard):
         return f'text "{sketch.text}".'
@@ -57,12 +57,11 @@ def _listed(scene: Scene, style: str) -> list[str]:
     if style == "place":
         objects = [f"{o.place} {o.colour} {o.shape}" for o in scene.objects]
     elif style == "shape":
-        objects = [f"{o.shape} {o.colour} {o.place}" for o in sorted(scene.objects, key=lambda o: SHAPES.index(o.shape))]
+        by_shape = sorted(scene.objects, key=lambda o: SHAPES.index(o.shape))
+        objects = [f"{o.shape} {o.colour} {o.place}" for o in by_shape]
     elif style == "colour":
-        order = list(COLOURS)
-        objects = [
-            f"{o.colour} {o.shape} {o.place}" for o in sorted(scene.objects, key=lambda o: order.index(o.colour))
-        ]
+        by_colour = sorted(scene.objects, key=lambda o: list(COLOURS).index(o.colour))
+        objects = [f"{o.colour} {o.shape} {o.place}" for o in by_colour]
     else:
         pairs = sorted(_relations(scene), key=lambda p: (SHAPES.index(p[0].shape), SHAPES.index(p[1].shape)))
         return [f"{a.shape} {b.shape} {side}" for a, b, side in pairs]

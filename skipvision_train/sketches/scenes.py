@@ -1,7 +1,7 @@
 """What a sketch shows: the three families of images as plain data, drawn at random from a seeded generator.
 
-A sketch holds everything that its picture depends on, so that drawing is a pure function of it. Lengths and positions are
-fractions of the side of the square canvas; x grows to the right, y grows downwards.
+A sketch holds everything that its picture depends on, so that drawing is a pure function of it. Lengths and positions
+are fractions of the side of the square canvas; x grows to the right, y grows downwards.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object of a scene: names, grid cell (0..8 in raster order), centre and radius, and the RGB it is filled with."""
+    """One object of a scene: names, grid cell (0..8 in raster order), centre, radius, and the RGB it is filled with."""
 
     shape: str
     colour: str
@@ -136,7 +136,9 @@ Sketch = Scene | TextCard | Chart
 
 def random_sketch(rng: random.Random, family: str) -> Sketch:
     """A random sketch of ``family``: ``scene``, ``text`` or ``chart``."""
-    return {"scene": _random_scene, "text": _random_text, "chart": _random_chart}[family](rng)
+    if family == "scene":
+        return _random_scene(rng)
+    return _random_text(rng) if family == "text" else _random_chart(rng)
 
 
 def split_sketch(rng: random.Random, family: str, split: str) -> Sketch:

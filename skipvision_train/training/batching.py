@@ -75,7 +75,7 @@ class EpochSampler(Sampler[int]):
         self.samples, self.global_batch, self.seed, self.epoch = samples, global_batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Choose the order of the next pass; accelerate's data loader calls it when an epoch begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:

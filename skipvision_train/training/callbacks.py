@@ -1,4 +1,4 @@
-"""What happens around a training step: the metrics file, and the sampler's epoch."""
+"""The metrics file of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from skipvision_train.training.batching import EpochSampler
-
 
 class MetricsFile(TrainerCallback):
-    """Append every logged step to a JSON-lines file, on the first process.
+    """Append every logged step to a JSON-lines file, on the first process; the last step is always logged.
 
     A run that continues from step N drops the lines after N that the interrupted run had written.
     """
@@ -30,6 +28,11 @@ class MetricsFile(TrainerCallback):
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a line after the last step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
@@ -57,16 +60,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number + 1 < len(lines):
                 raise
     return rows
-
-
-class SamplerEpoch(TrainerCallback):
-    """Tell the sampler which epoch begins, also when a run continues in the middle of one."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """``state.epoch`` counts finished epochs, with the share of the current one."""
-        self.sampler.set_epoch(int(state.epoch or 0))

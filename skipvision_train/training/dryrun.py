@@ -49,6 +49,12 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
+def amount(value: float, unit: str) -> str:
+    """A number with a metric prefix: ``6.537 TFLOPs``."""
+    factor, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G")) if value >= pair[0]), (1e6, "M"))
+    return f"{value / factor:.3f} {prefix}{unit}"
+
+
 def token_line(config: SkipVisionConfig) -> str:
     """The tokens of one image by kind."""
     connector, reducer = config.connector_config, config.reducer_config
@@ -79,9 +85,9 @@ def flops_lines(config: SkipVisionConfig, counts: Mapping[TokenKind, int], image
     before += connector_flops(config.connector_config, config.vision_config, text.hidden_size)
     return [
         f"{images} image(s) and {counts.get(TokenKind.TEXT, 0)} text tokens",
-        f"decoder, all {config.connector_config.num_tokens} visual tokens dense: {whole / 1e12:.3f} TFLOPs",
-        f"decoder, this stage: {skipped / 1e12:.3f} TFLOPs ({100 * skipped / whole:.1f} %)",
-        f"vision tower and connector: {images * before / 1e12:.3f} TFLOPs",
+        f"decoder, all {config.connector_config.num_tokens} visual tokens dense: {amount(whole, 'FLOPs')}",
+        f"decoder, this stage: {amount(skipped, 'FLOPs')} ({100 * skipped / whole:.1f} %)",
+        f"vision tower and connector: {amount(images * before, 'FLOPs')}",
     ]
 
 
@@ -101,8 +107,8 @@ def memory_lines(cfg: TrainConfig, parts: Sequence[PartReport], processes: int) 
     engine = "without DeepSpeed" if cfg.deepspeed is None else f"ZeRO-{cfg.deepspeed.stage}"
     return [
         f"{engine}, {cfg.trainer.precision}, {processes} process(es); activations come on top",
-        f"weights {estimate.weights / 1e9:.2f} GB + gradients {estimate.gradients / 1e9:.2f} GB + "
-        f"optimizer {estimate.optimizer / 1e9:.2f} GB = {estimate.total / 1e9:.2f} GB per process",
+        f"weights {amount(estimate.weights, 'B')} + gradients {amount(estimate.gradients, 'B')} + "
+        f"optimizer {amount(estimate.optimizer, 'B')} = {amount(estimate.total, 'B')} per process",
     ]
 
 

@@ -20,7 +20,7 @@ from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainingArgum
 from skipvision_train.config.specs import StageSpec, TrainConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.batching import BatchArithmetic, EpochSampler
-from skipvision_train.training.callbacks import MetricsFile, SamplerEpoch
+from skipvision_train.training.callbacks import MetricsFile
 from skipvision_train.training.checkpoints import (
     FINISHED,
     MARKER,
@@ -90,6 +90,7 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
         seed=trainer.seed,
         logging_strategy="steps",
         logging_steps=trainer.log_every,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if trainer.save_every else "no",
         save_steps=trainer.save_every or 500,
@@ -132,7 +133,7 @@ class StageTrainer(Trainer):
             args=training_arguments(cfg, arithmetic),
             data_collator=parts.collator,
             train_dataset=parts.dataset,
-            callbacks=[MetricsFile(self.run_dir / METRICS), SamplerEpoch(self.sampler), *callbacks],
+            callbacks=[MetricsFile(self.run_dir / METRICS), *callbacks],
         )
 
     @property

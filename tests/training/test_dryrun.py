@@ -11,7 +11,7 @@ from skipvision_train import cli
 from skipvision_train.config.specs import DeepSpeedSpec
 from skipvision_train.errors import ConfigError
 from skipvision_train.plans import TokenKind
-from skipvision_train.training.dryrun import mark_sample
+from skipvision_train.training.dryrun import amount, mark_sample
 from skipvision_train.training.memory import estimate_memory
 from skipvision_train.training.run import describe_stage
 
@@ -50,7 +50,7 @@ def test_sv_cos(dry_run, monkeypatch):
     skipped = 32 * (n * (4 * c * c + 4 * c * k) + 4 * n * n * c + ffn * 6 * c * m)
     assert f"this stage: {skipped / 1e12:.3f} TFLOPs ({100 * skipped / dense:.1f} %)" in out
     # ZeRO-3 under bf16: 16 bytes per parameter over 8 processes.
-    assert f"= {counts['all'] * 16 / 8 / 1e9:.2f} GB per process" in out
+    assert f"= {counts['all'] * 16 / 8 / 1e9:.3f} GB per process" in out
     assert "layer    0-31: no FFN for skipped" in out
     assert "none: no tokenizer" in out
 
@@ -91,6 +91,13 @@ def test_marking():
         [False, True, True, True, True, False, False, False],
     )
     assert lines == ["a<4 visual tokens: 2 retained, 2 skipped>b[[c]]d", "8 tokens, 1 supervised (in [[ ]])"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(6.5371e12, "6.537 TB"), (1e12, "1.000 TB"), (4.2e11, "420.000 GB"), (5e3, "0.005 MB")]
+)
+def test_amount(value, text):
+    assert amount(value, "B") == text
 
 
 @pytest.mark.parametrize(
