@@ -72,6 +72,8 @@ class ConnectorSpec:
     """Visual tokens of each level; a multiple of the level's number of windows."""
     head_dim: int = 64
     """Channels per attention head."""
+    init_std: float = 0.02
+    """Standard deviation of the weights that a fresh resampler starts from."""
 
 
 @dataclass

@@ -75,11 +75,14 @@ class ConnectorConfig:
         windows: window side of each level, in patches, strictly decreasing; each divides the grid.
         queries: learned queries of each level over the whole image; a multiple of the level's number of windows.
         head_dim: channels per attention head.
+        init_std: standard deviation of the weights a fresh resampler starts from. 0.02 suits CLIP's 1,024 channels; a
+            narrow tower wants more (0.02 times the root of 1,024 over its width), or the signal starts too small.
     """
 
     windows: tuple[int, ...] = (32, 4, 2)
     queries: tuple[int, ...] = (16, 256, 1024)
     head_dim: int = 64
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "windows", tuple(self.windows))

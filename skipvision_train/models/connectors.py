@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from skipvision_train.models.configuration import ConnectorConfig
 
-INIT_STD = 0.02
-
 
 def split_windows(features: Tensor, grid: int, window: int) -> Tensor:
     """Cut patch features into square windows.
@@ -91,15 +89,17 @@ class ResamplerLevel(nn.Module):
         num_queries: over the whole image, m for each window.
         width: W.
         num_depths: how many hidden states of the vision tower are read.
-        head_dim: channels per attention head.
+        connector: for the head size and the queries' initial scale.
     """
 
-    def __init__(self, grid: int, window: int, num_queries: int, width: int, num_depths: int, head_dim: int) -> None:
+    def __init__(
+        self, grid: int, window: int, num_queries: int, width: int, num_depths: int, connector: ConnectorConfig
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.window = window
-        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, width), std=INIT_STD))
-        self.blocks = nn.ModuleList([ResamplerBlock(width, head_dim) for _ in range(num_depths)])
+        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, width), std=connector.init_std))
+        self.blocks = nn.ModuleList([ResamplerBlock(width, connector.head_dim) for _ in range(num_depths)])
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """One (B, g * g, W) per depth to (B, num_queries, W): windows in raster order, then a window's queries."""
@@ -116,7 +116,7 @@ class MultiScaleResampler(nn.Module):
 
     Every level has its own queries and, for every vision depth, its own block; the depths are read one after the other.
     One LayerNorm and one projection to the language model's width are shared by all levels. Weights start from a
-    truncated normal of standard deviation 0.02, biases at 0, LayerNorms at 1 and 0.
+    truncated normal of standard deviation ``connector.init_std`` (0.02), biases at 0, LayerNorms at 1 and 0.
 
     Args:
         connector: windows and queries of the levels, coarsest first, and the head size.
@@ -138,7 +138,7 @@ class MultiScaleResampler(nn.Module):
         self.grid = grid
         self.levels = nn.ModuleList(
             [
-                ResamplerLevel(grid, window, queries, vision_width, num_depths, connector.head_dim)
+                ResamplerLevel(grid, window, queries, vision_width, num_depths, connector)
                 for window, queries in zip(connector.windows, connector.queries, strict=True)
             ]
         )
@@ -146,7 +146,7 @@ class MultiScaleResampler(nn.Module):
         self.projection = nn.Linear(vision_width, llm_width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.trunc_normal_(module.weight, std=connector.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

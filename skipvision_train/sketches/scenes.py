@@ -107,10 +107,11 @@ class TextCard:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart: its name, its height in grid lines, its edges, and its RGB."""
+    """One bar of a chart: its name, its height in grid lines, its colour, its edges, and its RGB."""
 
     name: str
     height: int
+    colour: str
     left: float
     right: float
     rgb: tuple[int, int, int]
@@ -128,7 +129,8 @@ class Chart:
     @property
     def key(self) -> str:
         """What is shown, without the details of the drawing; equal keys never stand in two splits."""
-        return "chart " + ", ".join(f"{b.name} {b.height}" for b in self.bars)
+        # Heights alone give 36 charts of two bars: far too few for a split of an eighth to be balanced.
+        return "chart " + ", ".join(f"{b.name} {b.height} {b.colour}" for b in self.bars)
 
 
 Sketch = Scene | TextCard | Chart
@@ -203,5 +205,6 @@ def _random_chart(rng: random.Random) -> Chart:
     bars = []
     for index, colour in enumerate(colours):
         left = start + index * pitch + (pitch - width) / 2
-        bars.append(Bar(BAR_NAMES[index], rng.randint(1, MAX_HEIGHT), left, left + width, _vary(rng, colour)))
+        height = rng.randint(1, MAX_HEIGHT)
+        bars.append(Bar(BAR_NAMES[index], height, colour, left, left + width, _vary(rng, colour)))
     return Chart(_paper(rng), tuple(bars), base=0.84 + rng.uniform(-0.015, 0.015), unit=rng.uniform(0.118, 0.128))

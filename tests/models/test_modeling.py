@@ -269,4 +269,4 @@ def test_config_json_holds_what_it_says(model, tmp_path):
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "skipvision"
-    assert stored["connector"] == {"windows": [8, 4, 2], "queries": [2, 4, 16], "head_dim": 16}
+    assert stored["connector"] == {"windows": [8, 4, 2], "queries": [2, 4, 16], "head_dim": 16, "init_std": 0.02}

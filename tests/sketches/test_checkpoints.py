@@ -1,4 +1,4 @@
-"""The starting checkpoints are read by transformers and open_clip themselves, and the tokenizer is LLaMA-3's in small."""
+"""The starting checkpoints are read by transformers and open_clip themselves; the tokenizer is LLaMA-3's in small."""
 
 import json
 import random

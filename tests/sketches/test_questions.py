@@ -78,7 +78,7 @@ def test_relations_are_clear_by_a_wide_margin():
 
 
 def test_questions_stand_alone_and_vary_in_wording():
-    """A question has no word that points to another turn, and its answer does not change with the order of the turns."""
+    """No word points to another turn, and the answer follows from the sketch and the question alone."""
     rng, phrases = random.Random(5), collections.defaultdict(set)
     for _ in range(200):
         sketch = random_sketch(rng, rng.choice(FAMILIES))
@@ -146,6 +146,15 @@ def test_the_words_of_the_question_do_not_tell_the_answer(heldout, task):
     ]
     assert len(hits) > 20
     assert sum(hits) / len(hits) < CHANCE[task] + 4 * (0.25 / len(hits)) ** 0.5
+
+
+def test_heldout_charts_are_many_and_every_bars_heights_are_balanced(heldout):
+    rows = answers(heldout, "bar")
+    for name in "AB":
+        heights = [answer for text, answer in rows if name in words(text)]
+        assert collections.Counter(heights).most_common(1)[0][1] / len(heights) < 1 / 6 + 0.12
+    charts = [make_record("heldout", index, seed=0)[0].key for index in range(TASKS.index("bar"), 2800, len(TASKS))]
+    assert collections.Counter(charts).most_common(1)[0][1] <= 8
 
 
 def test_kind_of_existence_question_does_not_tell_the_answer(heldout):

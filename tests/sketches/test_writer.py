@@ -135,7 +135,7 @@ def test_another_generator_version_is_refused(written, small_settings, monkeypat
 
 def test_a_foreign_folder_is_left_alone(tmp_path, small_settings):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty and holds no manifest.json"):
+    with pytest.raises(ConfigError, match=r"is not empty and holds no manifest\.json"):
         write_sketches(tmp_path, small_settings, processes=1)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
