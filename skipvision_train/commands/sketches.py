@@ -34,7 +34,7 @@ class LanguageConfig:
 
     width: int = 128
     """Channels of the hidden states."""
-    layers: int = 6
+    layers: int = 4
     """Decoder layers."""
     heads: int = 4
     """Query heads."""
@@ -50,13 +50,13 @@ class LanguageConfig:
 class VisionConfig:
     """The open_clip starting checkpoint (random weights)."""
 
-    image_size: int = 48
+    image_size: int = 96
     """Pixels per side that the position embedding is made for."""
-    patch_size: int = 12
+    patch_size: int = 16
     """Pixels per side of a patch."""
     width: int = 128
     """Channels."""
-    layers: int = 6
+    layers: int = 3
     """Blocks."""
     head_width: int = 32
     """Channels per attention head."""

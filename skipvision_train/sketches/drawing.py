@@ -86,9 +86,9 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont:
 
 def _draw_text(pen: ImageDraw.ImageDraw, card: TextCard, size: int) -> None:
     font = _font(round(card.size * size))
-    for index, letter in enumerate(card.text):
-        at = ((card.x + index * card.pitch) * size, card.y * size)
-        pen.text(at, letter, fill=card.rgb, font=font, anchor="mm", stroke_width=1 if card.bold else 0)
+    stroke = round(card.stroke * size / 96)
+    for letter, (x, y) in zip(card.text, card.centres(), strict=True):
+        pen.text((x * size, y * size), letter, fill=card.rgb, font=font, anchor="mm", stroke_width=stroke)
 
 
 def _draw_bars(pen: ImageDraw.ImageDraw, chart: Chart, size: int) -> None:

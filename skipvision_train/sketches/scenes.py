@@ -22,8 +22,9 @@ COLOURS = {
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 MAX_OBJECTS = 5
-LETTERS = "AEHKLMPTVXYZ"
+LETTERS = "ACEHJKLPTUXZ"
 MIN_LETTERS, MAX_LETTERS = 3, 6
+LINE_LENGTH = 3
 BAR_NAMES = "ABCD"
 MIN_BARS = 2
 MAX_HEIGHT = 6
@@ -85,9 +86,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class TextCard:
-    """A line of three to six letters: ``x`` and ``y`` of the first letter's centre, ``pitch`` between centres.
+    """Three to six large letters, three to a line: ``x`` and ``y`` of the first letter's centre.
 
-    ``size`` is the font's size as a fraction of the canvas; ``bold`` thickens the strokes.
+    ``pitch`` is the distance of two letters of a line, ``leading`` that of two lines, ``size`` the font's size;
+    ``stroke`` thickens the letters, in 96ths of the canvas.
     """
 
     paper: Paper
@@ -95,9 +97,15 @@ class TextCard:
     x: float
     y: float
     pitch: float
+    leading: float
     size: float
-    bold: bool
+    stroke: int
     rgb: tuple[int, int, int]
+
+    def centres(self) -> list[tuple[float, float]]:
+        """The centre of every letter."""
+        places = [(index % LINE_LENGTH, index // LINE_LENGTH) for index in range(len(self.text))]
+        return [(self.x + column * self.pitch, self.y + line * self.leading) for column, line in places]
 
     @property
     def key(self) -> str:
@@ -183,15 +191,17 @@ def _random_scene(rng: random.Random) -> Scene:
 def _random_text(rng: random.Random) -> TextCard:
     length = rng.randint(MIN_LETTERS, MAX_LETTERS)
     text = "".join(rng.choice(LETTERS) for _ in range(length))
-    pitch = rng.uniform(0.150, 0.158)
+    lines = -(-length // LINE_LENGTH)
+    top = rng.randint(0, 3 - lines)  # row of the 3 x 3 grid on which the first line stands
     return TextCard(
         paper=_paper(rng),
         text=text,
-        x=0.105 + rng.uniform(-0.02, 0.02),
-        y=rng.uniform(0.3, 0.7),
-        pitch=pitch,
-        size=rng.uniform(0.19, 0.22),
-        bold=rng.random() < 0.5,
+        x=1 / 6 + rng.uniform(-0.02, 0.02),
+        y=(top + 0.5) / 3 + rng.uniform(-0.02, 0.02),
+        pitch=rng.uniform(0.325, 0.340),
+        leading=rng.uniform(0.325, 0.340),
+        size=rng.uniform(0.29, 0.35),
+        stroke=rng.randint(0, 2),
         rgb=_vary(rng, rng.choice(("black", "blue", "red", "purple"))),
     )
 

@@ -23,7 +23,7 @@ class LanguageSize:
     """
 
     width: int = 128
-    layers: int = 6
+    layers: int = 4
     heads: int = 4
     key_value_heads: int = 2
     ffn: int = 384
@@ -44,10 +44,10 @@ class VisionSize:
         head_width: channels per attention head.
     """
 
-    image_size: int = 48
-    patch_size: int = 12
+    image_size: int = 96
+    patch_size: int = 16
     width: int = 128
-    layers: int = 6
+    layers: int = 3
     head_width: int = 32
 
 

@@ -112,33 +112,35 @@ def test_bar_is_as_high_in_pixels_as_the_chart_says():
     assert heights == set(range(1, 7))
 
 
-def glyph(letter, pixels, bold):
-    """Ink of one letter alone, (28, 28) in 0..1, centred."""
-    image = Image.new("L", (28, 28), 0)
+def glyph(letter, pixels, stroke):
+    """Ink of one letter alone, (40, 40) in 0..1, centred."""
+    image = Image.new("L", (40, 40), 0)
     font = ImageFont.load_default(size=pixels)
-    ImageDraw.Draw(image).text((14, 14), letter, fill=255, font=font, anchor="mm", stroke_width=1 if bold else 0)
+    ImageDraw.Draw(image).text((20, 20), letter, fill=255, font=font, anchor="mm", stroke_width=stroke)
     return np.asarray(image, dtype=float) / 255
 
 
 def read_text(card):
-    """The text of a card by matching every letter of the alphabet at every letter's place."""
+    """The text of a card by matching every letter of the alphabet at every letter's place, three to a line."""
     grey = np.abs(pixels_of(card) - np.array(card.paper.tint)).max(-1).astype(float)
-    padded = np.pad(grey, 16)
-    templates = {letter: glyph(letter, round(card.size * SIZE), card.bold) for letter in LETTERS}
+    padded = np.pad(grey, 20)
+    templates = {letter: glyph(letter, round(card.size * SIZE), card.stroke) for letter in LETTERS}
     letters = ""
-    for index in range(8):
-        x, y = round((card.x + index * card.pitch) * SIZE) + 16, round(card.y * SIZE) + 16
-        if x + 15 > padded.shape[1] or (padded[y - 9 : y + 9, x - 5 : x + 5] > 100).sum() < 5:
+    for index in range(9):
+        line, column = divmod(index, 3)
+        x = round((card.x + column * card.pitch) * SIZE) + 20
+        y = round((card.y + line * card.leading) * SIZE) + 20
+        if y + 20 > padded.shape[0] or (padded[y - 14 : y + 14, x - 10 : x + 10] > 100).sum() < 10:
             break
-        match = {name: max(agreement(padded, t, x + dx, y) for dx in (-1, 0, 1)) for name, t in templates.items()}
+        match = {name: agreement(padded, template, x, y) for name, template in templates.items()}
         letters += max(match, key=match.get)
     return letters
 
 
 def agreement(grey, template, x, y):
-    """Correlation of a letter with the 14 columns around (x, y)."""
-    crop = grey[y - 14 : y + 14, x - 7 : x + 7]
-    return np.corrcoef(crop.ravel(), template[:, 7:21].ravel())[0, 1]
+    """Best correlation of a letter with the 28 columns around (x, y), give or take one pixel."""
+    crops = (grey[y - 20 + dy : y + 20 + dy, x - 14 + dx : x + 14 + dx] for dx in (-1, 0, 1) for dy in (-1, 0, 1))
+    return max(np.corrcoef(crop.ravel(), template[:, 6:34].ravel())[0, 1] for crop in crops)
 
 
 def test_text_can_be_read_back_letter_by_letter():
