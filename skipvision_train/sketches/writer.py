@@ -35,8 +35,8 @@ GENERATOR_VERSION = 1
 """Raised whenever the same settings would write other files."""
 
 SPLITS = ("pretrain", "sft", "heldout")
-FAMILY_TURNS = ("scene", "scene", "text", "chart")
-"""Families take turns in the training splits; half of the images are scenes, which carry five of the seven tasks."""
+FAMILY_TURNS = ("scene", "scene", "scene", "text", "chart")
+"""Families take turns in the training splits; three of five images are scenes, which carry five of the seven tasks."""
 MANIFEST = "manifest.json"
 JPEG_QUALITY = 92
 CHUNK = 250
