@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,6 @@ class InterruptAfter(TrainerCallback):
 
 
 def metrics(cfg):
-    from pathlib import Path
 
     return read_metrics(Path(cfg.trainer.output_dir) / "metrics.jsonl")
 
@@ -317,3 +317,17 @@ def test_images_are_what_the_fixture_says(workspace):
     assert sum("image" in record for record in records) == 10
     with Image.open(workspace / "data" / "images" / "0.png") as image:
         assert image.size == (40, 30)
+
+
+def test_wandb_offline_keeps_the_run_on_disk(make_cfg, monkeypatch):
+    import wandb
+
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")  # the stage sets them; this puts them back afterwards
+    cfg = make_cfg("trainer.max_steps=2", "trainer.save_every=0", "trainer.wandb=offline")
+    run_stage(cfg)
+    wandb.finish()
+    (log,) = (Path(cfg.trainer.output_dir) / "wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    assert b"train/loss" in content
+    assert b"train/lr/connector" in content
