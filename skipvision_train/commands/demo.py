@@ -104,6 +104,8 @@ def _run_stage(stage: Stage, command: list[str], text: str) -> StageResult:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     # DeepSpeed looks for ninja on the PATH; it lies beside the interpreter.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    # DeepSpeed compiles an operator at its first start; several compilers at once take more memory than the training.
+    environment.setdefault("MAX_JOBS", "1")
     if stage.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // stage.processes)))
     start = time.monotonic()
