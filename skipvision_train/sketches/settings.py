@@ -1,4 +1,7 @@
-"""The settings of the embedded data set and of its starting checkpoints; light to import, checked at once."""
+"""The settings of the embedded data set and of its starting checkpoints; light to import, checked at once.
+
+The sizes are not frozen because Hydra composes into them: they are what ``skipvision sketches`` is configured with.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass, field
 from skipvision_train.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass
 class LanguageSize:
     """The LLaMA-architecture starting checkpoint.
 
@@ -32,7 +35,7 @@ class LanguageSize:
     max_positions: int = 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class VisionSize:
     """The CLIP starting checkpoint.
 
@@ -51,7 +54,7 @@ class VisionSize:
     head_width: int = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataSize:
     """How many images a split holds and how they are written.
 
