@@ -15,8 +15,10 @@ _EXPORTS = {
     "SkipVisionForConditionalGeneration": "skipvision_train.models.modeling",
     "SkipVisionProcessor": "skipvision_train.data.processor",
     "TokenKind": "skipvision_train.plans",
+    "apply": "skipvision_train.adapters",
     "attach": "skipvision_train.plans",
 }
+_MODULES = ("plans",)
 
 __all__ = [
     "SkipPlan",
@@ -24,11 +26,15 @@ __all__ = [
     "SkipVisionForConditionalGeneration",
     "SkipVisionProcessor",
     "TokenKind",
+    "apply",
     "attach",
+    "plans",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.plans.plan import VISUAL, Kinds, LayerRule
+from skipvision_train.plans.rules import VISUAL, Kinds, LayerRule
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def check(cfg: Config) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    from skipvision_train.plans.plan import BYPASSES
+    from skipvision_train.plans.rules import BYPASSES
 
     for name in ("samples", "batch_size"):
         if getattr(cfg, name) < 1:
@@ -122,7 +122,7 @@ def combine(base: SkipPlan, layers: Sequence[int], bypass: str, facts: dict[str,
 
     from skipvision_train.plans import compose, vskip
 
-    plan = vskip(base.num_layers, layers, bypass)
+    plan = vskip(layers, bypass).bind(base.num_layers)
     name = "V-Skip" if base.is_dense else f"{base.name} + V-Skip"
     return replace(compose([base, plan], name), provenance=facts)
 

@@ -123,7 +123,7 @@ def time_plans(
     from skipvision_train.plans import dense
 
     batches = list(prompt_batches(model, processor, records, file_images(records), 1))
-    return measure_plans(model, batches, {"dense": dense(model.plan.num_layers), "plan": model.plan})
+    return measure_plans(model, batches, {"dense": dense().bind(model.plan.num_layers), "plan": model.plan})
 
 
 def table(result: EvaluationResult) -> str:

@@ -87,26 +87,24 @@ def resolve_plan(spec: str, depth: int) -> SkipPlan:
     """The plan that ``model.plan`` names, for a model of ``depth`` layers.
 
     Raises:
-        ConfigError: a plan file that is none, or of another depth.
+        ConfigError: a plan file that is none, or of another depth, or names layers that the model does not have.
     """
     if spec == "dense":
-        return dense(depth)
+        return dense().bind(depth)
     if spec == "skip_ffn":
-        return skip_ffn(depth)
+        return skip_ffn().bind(depth)
     try:
-        plan = SkipPlan.load(spec)
-        plan.check_depth(depth)
+        return SkipPlan.load(spec).bind(depth)
     except PlanError as error:
         raise ConfigError(f"model.plan: {error}") from error
-    return plan
 
 
 def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> SkipVisionConfig:
     """Everything ``config.json`` of the stage's model will hold.
 
     Raises:
-        ConfigError: the tokenizer does not fit the vocabulary, or what :func:`text_config`, :func:`resolve_plan` and
-            :func:`image_token_id` raise.
+        ConfigError: the tokenizer does not fit the vocabulary, the plan needs more registers than the reducer has, or
+            what :func:`text_config`, :func:`resolve_plan` and :func:`image_token_id` raise.
     """
     text = text_config(cfg)
     if tokenizer is not None and len(tokenizer) > text.vocab_size:
@@ -115,12 +113,15 @@ def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) ->
         )
     token = image_token_id(tokenizer, cfg.model.image_token)
     plan = resolve_plan(cfg.model.plan, text.num_hidden_layers)
-    return SkipVisionConfig(
-        text_config=text,
-        **{name: dataclasses.asdict(getattr(cfg.model, name)) for name in ("vision", "connector", "reducer")},
-        image_token_id=min(token, text.vocab_size - 1) if tokenizer is None else token,
-        skip_plan=None if plan.is_dense else plan.to_dict(),
-    )
+    try:
+        return SkipVisionConfig(
+            text_config=text,
+            **{name: dataclasses.asdict(getattr(cfg.model, name)) for name in ("vision", "connector", "reducer")},
+            image_token_id=min(token, text.vocab_size - 1) if tokenizer is None else token,
+            skip_plan=None if plan.is_dense else plan.to_dict(),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def check_vision_facts(model: ModelSpec, facts: dict[str, Any], source: str) -> None:

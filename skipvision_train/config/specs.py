@@ -90,6 +90,8 @@ class ReducerSpec:
     """What the former summarises: middle (released code) or retained (paper)."""
     last_local_ffn: bool = True
     """The last local token runs the FFN and stays in the cache."""
+    registers: int = 0
+    """Learned tokens behind every image, for Victor; a later stage may not change their number."""
 
 
 @dataclass

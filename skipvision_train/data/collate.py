@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipvision_train.errors import DataError
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 if TYPE_CHECKING:
     from skipvision_train.data.processor import Example

@@ -19,7 +19,7 @@ from skipvision_train.data.records import Record, Turn
 from skipvision_train.data.templates import BOS, EOT, Encoded, control_id, get_template
 from skipvision_train.errors import DataError
 from skipvision_train.models.configuration import SkipVisionConfig, VisionConfig
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from skipvision_train.evaluation.metrics import exact_match
 from skipvision_train.evaluation.results import BlindScores, Prediction, SampleCost, Scores
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.methods import dense
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 ImageSource = Callable[[int], list[Image.Image]]
 """The images of the record with that index, in the order of their markers."""
@@ -216,7 +216,7 @@ def sample_cost(model: SkipVisionForConditionalGeneration, predictions: Sequence
         raise ValueError("the cost of a sample needs at least one prediction")
     config: Any = model.config  # annotated as the base class in transformers
     text, width, plan = config.text_config, config.text_config.hidden_size, model.plan
-    nothing_skipped = dense(plan.num_layers)
+    nothing_skipped = dense().bind(plan.num_layers)
     prompts = [{TokenKind[name.upper()]: n for name, n in p.tokens.items()} for p in predictions]
     connector = flops.connector_flops(config.connector_config, config.vision_config, width)
     merging = flops.merge_flops(config.reducer_config, config.connector_config.queries[-1], width)

@@ -54,7 +54,7 @@ def resolve_plan(plan: str | None, model: SkipVisionForConditionalGeneration) ->
     if plan is None:
         return model.config.plan_or_dense()
     if plan == "dense":
-        return dense(depth)
+        return dense().bind(depth)
     found = SkipPlan.load(plan)
     found.check_depth(depth)
     return found

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from skipvision_train.errors import CheckpointError
+from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.loading import LoadReport
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
@@ -112,14 +112,21 @@ def start_stage(checkpoint: Path, config: SkipVisionConfig) -> tuple[SkipVisionF
     """Build ``config``'s model with the weights of a previous stage's model directory.
 
     The resampler is scaled level by level and the position embedding interpolated (Chain-of-Sight); a reducer that the
-    previous stage did not have starts fresh, one that is no longer wanted is dropped; both are reported.
+    previous stage did not have starts fresh, one that is no longer wanted is dropped; both are reported. So do
+    registers start fresh, but they are never dropped or changed in number.
 
     Raises:
+        ConfigError: the previous stage was trained with another number of registers (Victor: such a model fails).
         CheckpointError: the directory is incomplete, or a tensor is missing or of another shape (named with both).
     """
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint}: no config.json; init_from must be a finished stage's model directory")
     old = SkipVisionConfig.from_pretrained(checkpoint)
+    before, after = old.reducer_config.registers, config.reducer_config.registers
+    if before not in (0, after):
+        raise ConfigError(
+            f"reducer.registers: {after}, but {checkpoint} was trained with {before}; keep {before}, or train anew"
+        )
     state = _adapt(read_state(checkpoint), old, config)
     model = SkipVisionForConditionalGeneration(config)
     own = model.state_dict()

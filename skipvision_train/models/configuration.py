@@ -14,7 +14,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llama import LlamaConfig
 
 from skipvision_train.errors import ConfigError
-from skipvision_train.plans.plan import SkipPlan, TokenKind
+from skipvision_train.plans.methods import dense
+from skipvision_train.plans.plan import SkipPlan
+from skipvision_train.plans.rules import TokenKind
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -131,6 +133,8 @@ class ReducerConfig:
         former_over: what the former summary token summarises: ``middle`` (the second finest level, as the released
             code does) or ``retained`` (every retained token, as the paper says).
         last_local_ffn: the last skipped token runs the FFN and stays in the cache: it is laid out as ``RETAINED``.
+        registers: so many learned tokens stand behind every image, for Victor. They are trained with the model; another
+            number needs training anew. They may stand behind the dense arrangement too.
     """
 
     skip_finest: bool = True
@@ -138,6 +142,7 @@ class ReducerConfig:
     summary: str = "both"
     former_over: str = "middle"
     last_local_ffn: bool = True
+    registers: int = 0
 
     def __post_init__(self) -> None:
         if self.summary not in ("both", "former", "latter", "none"):
@@ -149,10 +154,12 @@ class ReducerConfig:
                 "reducer.skip_finest: false leaves no skipped tokens, so local_keep must be null, summary none and "
                 "last_local_ffn false"
             )
+        if self.registers < 0:
+            raise ConfigError(f"reducer.registers: {self.registers} is out of range; use 0 or more")
 
     @classmethod
     def off(cls) -> ReducerConfig:
-        """The dense arrangement: no skipping, no merging, no summary tokens."""
+        """The dense arrangement: no skipping, no merging, no summary tokens, no registers."""
         return cls(skip_finest=False, local_keep=None, summary="none", last_local_ffn=False)
 
     @property
@@ -192,7 +199,9 @@ class SkipVisionConfig(PreTrainedConfig):
             dense.
 
     Raises:
-        ConfigError: windows that do not tile the grid, more kept tokens than there are, a plan of another depth.
+        ConfigError: windows that do not tile the grid, more kept tokens than there are, a plan that needs more
+            registers than ``reducer`` has.
+        PlanError: a plan that is malformed or of another depth.
     """
 
     model_type = "skipvision"
@@ -250,31 +259,44 @@ class SkipVisionConfig(PreTrainedConfig):
 
         Raises:
             PlanError: the stored plan is malformed or written for another depth.
+            ConfigError: it needs more registers than the model has.
         """
-        depth = self.text_config.num_hidden_layers
-        if self.skip_plan is None:
-            from skipvision_train.plans.methods import dense
+        return self.fit_plan(dense() if self.skip_plan is None else SkipPlan.from_dict(self.skip_plan, "skip_plan"))
 
-            return dense(depth)
-        plan = SkipPlan.from_dict(self.skip_plan, where="skip_plan")
-        plan.check_depth(depth)
-        return plan
+    def fit_plan(self, plan: SkipPlan) -> SkipPlan:
+        """The plan bound to the model's depth.
+
+        Raises:
+            PlanError: the plan is written for another depth.
+            ConfigError: the plan needs more registers than stand behind an image; both numbers are named.
+        """
+        registers = self.reducer_config.registers
+        if plan.registers > registers:
+            raise ConfigError(
+                f"reducer.registers: {registers}, but plan {plan.name!r} needs {plan.registers}; registers must be "
+                f"trained with the model: train one with reducer.registers={plan.registers}, or use a plan without them"
+            )
+        return plan.bind(self.text_config.num_hidden_layers)
 
     def image_token_kinds(self) -> tuple[TokenKind, ...]:
         """The kinds of one image's tokens in the order in which the language model sees them.
 
-        ``retained | former | skipped | last local | latter`` (Skip-Vision, Fig. 4), levels coarsest first.
+        ``retained | middle | former | skipped | last local | latter | registers`` (Skip-Vision, Fig. 4), levels
+        coarsest first; ``MIDDLE`` are the levels between the coarsest and the finest. The dense arrangement has
+        ``RETAINED`` tokens only: with its levels told apart but nothing skipped, ``skip_kv("middle + small")`` would
+        evict the middle ones and keep the small ones.
         """
         connector, reducer = self.connector_config, self.reducer_config
+        registers = (TokenKind.SUMMARY,) * reducer.registers
         if not reducer.skip_finest:
-            return (TokenKind.RETAINED,) * connector.num_tokens
+            return (TokenKind.RETAINED,) * connector.num_tokens + registers
         local = connector.queries[-1] if reducer.local_keep is None else reducer.local_keep
         last = 1 if reducer.last_local_ffn else 0
-        kinds = [TokenKind.RETAINED] * sum(connector.queries[:-1])
+        kinds = [TokenKind.RETAINED] * connector.queries[0] + [TokenKind.MIDDLE] * sum(connector.queries[1:-1])
         kinds += [TokenKind.SUMMARY] * reducer.has_former
         kinds += [TokenKind.SKIPPED] * (local - last) + [TokenKind.RETAINED] * last
         kinds += [TokenKind.SUMMARY] * reducer.has_latter
-        return tuple(kinds)
+        return (*kinds, *registers)
 
 
 AutoConfig.register("skipvision", SkipVisionConfig, exist_ok=True)

@@ -19,7 +19,8 @@ from skipvision_train.models.reducer import Reducer
 from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans.executor import Attachment, attach
 from skipvision_train.plans.layout import TokenLayout
-from skipvision_train.plans.plan import SkipPlan, TokenKind
+from skipvision_train.plans.plan import SkipPlan
+from skipvision_train.plans.rules import TokenKind
 
 IGNORE_INDEX = -100
 
@@ -88,8 +89,9 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             PlanError: the plan is written for another depth.
+            ConfigError: the plan needs more registers than the model was trained with.
         """
-        plan.check_depth(self.config.text_config.num_hidden_layers)
+        plan = self.config.fit_plan(plan)
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None

@@ -6,13 +6,28 @@ Imports neither Hydra nor a tokenizer nor the trainer.
 from skipvision_train.plans.cache import bytes_held
 from skipvision_train.plans.executor import Attachment, attach, find_decoder
 from skipvision_train.plans.layout import TokenLayout
-from skipvision_train.plans.methods import dense, ffn_skip, shortv, skip_ffn, vskip
-from skipvision_train.plans.plan import DENSE_RULE, VISUAL, Kinds, LayerRule, SkipPlan, TokenKind, compose
+from skipvision_train.plans.methods import (
+    dense,
+    fastv,
+    ffn_skip,
+    pyramiddrop,
+    shortv,
+    skip_ffn,
+    skip_kv,
+    sparsevlm,
+    victor,
+    vskip,
+    vtw,
+)
+from skipvision_train.plans.plan import SkipPlan, compose
+from skipvision_train.plans.presets import preset
+from skipvision_train.plans.rules import DENSE_RULE, VISUAL, Drop, Kinds, LayerRule, TokenKind
 
 __all__ = [
     "DENSE_RULE",
     "VISUAL",
     "Attachment",
+    "Drop",
     "Kinds",
     "LayerRule",
     "SkipPlan",
@@ -22,9 +37,16 @@ __all__ = [
     "bytes_held",
     "compose",
     "dense",
+    "fastv",
     "ffn_skip",
     "find_decoder",
+    "preset",
+    "pyramiddrop",
     "shortv",
     "skip_ffn",
+    "skip_kv",
+    "sparsevlm",
+    "victor",
     "vskip",
+    "vtw",
 ]

@@ -1,13 +1,13 @@
 """Attention in which some tokens issue no query, and the masks that go with it.
 
-Shapes: B batch rows, T sequence positions, N active queries of the whole batch, Q the most active queries of one row,
-K cached and new keys, C hidden width, H heads, D head width. A *flat* position is ``row * T + column``.
+Shapes as in ``stages.py``, and: M asking tokens of the batch, Q of the row with most, K keys of a row, C hidden width,
+H query heads, G key heads, D head width.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,60 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipvision_train.errors import PlanError
-from skipvision_train.plans.layout import TokenLayout
-from skipvision_train.plans.plan import Kinds, TokenKind
+from skipvision_train.plans.stages import Queries
 
-
-@dataclass(frozen=True)
-class ActiveQueries:
-    """Which positions issue a query, for one set of kinds that does not. Built once per forward, used by many layers.
-
-    Attributes:
-        rows: (N,) int64, flat positions with a query, ascending.
-        slots: (N,) int64, where each of them stands in the padded (B, Q) grid of queries: ``row * Q + rank in row``.
-        bypassed: (M,) int64, flat positions of the kinds without a query (padding is in neither list).
-        mask: (B, 1, Q, K) bool, True where the query may attend to the key. Unused slots see every key, so that no row
-            of the softmax is empty.
-    """
-
-    rows: Tensor
-    slots: Tensor
-    bypassed: Tensor
-    mask: Tensor
-
-
-def select_queries(
-    layout: TokenLayout, kinds: Kinds, device: torch.device, visible: Tensor | None = None
-) -> ActiveQueries:
-    """Find the queries of everything but ``kinds`` and padding, and what each may see.
-
-    The mask is built from the query positions; no (T, T) mask exists on the way.
-
-    Args:
-        layout: the batch, on any device; on the CPU nothing waits for an accelerator.
-        kinds: the kinds that issue no query.
-        device: where the index tensors are wanted.
-        visible: (B, T, K) bool, what each position may see, if that is not "all earlier real positions of the same
-            document and itself": a step onto a filled cache.
-    """
-    batch, length = layout.kinds.shape
-    bypassed = layout.is_kind(kinds)
-    active = (layout.kinds != TokenKind.PAD) & ~bypassed
-    rows = active.flatten().nonzero()[:, 0]
-    width = max(1, int(active.sum(-1).max()))
-    slots = rows // length * width + (active.cumsum(-1) - 1).flatten()[rows]
-    column = torch.full((batch * width,), -1, device=rows.device).index_copy(0, slots, rows % length)
-    column = column.view(batch, width, 1).to(device)
-    layout = layout.to(device)
-    if visible is None:
-        mask = torch.arange(length, device=device) <= column
-        mask = mask & (layout.kinds != TokenKind.PAD)[:, None, :]
-        if (documents := layout.document_ids) is not None:
-            mask &= documents.gather(1, column.clamp_min(0)[..., 0])[:, :, None] == documents[:, None, :]
-    else:
-        mask = visible.gather(1, column.clamp_min(0).expand(-1, -1, visible.shape[-1]))
-    mask = (mask | (column < 0))[:, None]
-    return ActiveQueries(rows.to(device), slots.to(device), bypassed.flatten().nonzero()[:, 0].to(device), mask)
+Kernel = Callable[[Any, Tensor, Tensor, Tensor, Queries], Tensor]
+"""``(attention module, query (B, Q, H, D), key (B, K, G, D), value (B, K, G, D), queries) -> (B, Q, H, D)``."""
 
 
 def rotary_function(attention: Any) -> Any:
@@ -80,87 +30,122 @@ def rotary_function(attention: Any) -> Any:
     return None
 
 
+def rotate_rows(attention: Any, rows: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    """Rotate packed ``rows`` (N, heads, D) by their cos and sin, (N, D) each, with the model's own function."""
+    # It rotates a query and a key of one length; the key here is a tensor without heads.
+    return rotary_function(attention)(rows, rows[:, :0], *rotary)[0]
+
+
+def normed_heads(attention: Any, asking: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (M, H, D) of ``asking`` (M, C) and keys (N, G, D) of ``normed`` (N, C), before rotation."""
+    query = attention.q_proj(asking).unflatten(-1, (-1, attention.head_dim))
+    key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    return query, key
+
+
 def attend(
     attention: Any,
     normed: Tensor,
-    queries: ActiveQueries,
-    position_embeddings: tuple[Tensor, Tensor],
+    queries: Queries,
+    rotary: tuple[Tensor, Tensor],
+    batch: int,
     past_key_values: Any | None,
+    kernel: Kernel,
 ) -> Tensor:
-    """Attention output of the active queries; keys and values come from (and are cached for) every position.
+    """Attention output of the tokens that ask; keys and values come from (and are cached for) every live token.
 
     Args:
         attention: the layer's ``self_attn`` with ``q_proj, k_proj, v_proj, o_proj`` and, if it has them, per-head
             ``q_norm`` and ``k_norm``.
-        normed: (B, T, C), the normed layer input.
-        queries: who asks, and what they see.
-        position_embeddings: cos and sin, (B or 1, T, D) each.
+        normed: (N, C), the packed live tokens, normed.
+        queries: who asks and what they see.
+        rotary: cos and sin, (N, D) each, of the live tokens.
+        batch: B.
         past_key_values: the cache, or None.
+        kernel: what computes softmax attention.
 
     Returns:
-        (N, C), in the order of ``queries.rows``.
+        (M, C), in the order of ``queries.index``.
     """
-    batch, length, _ = normed.shape
-    heads = (batch, length, -1, attention.head_dim)
-    key, value = attention.k_proj(normed).view(heads), attention.v_proj(normed).view(heads).transpose(1, 2)
-    query = attention.q_proj(normed.flatten(0, 1).index_select(0, queries.rows)).unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, "q_norm"):  # Qwen3
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = _rotate(attention, query, key.transpose(1, 2), queries.rows, position_embeddings)
+    index = queries.index
+    asking = normed if index is None else normed.index_select(0, index)
+    query, key = normed_heads(attention, asking, normed)
+    query_rotary = rotary if index is None else tuple(part.index_select(0, index) for part in rotary)
+    query, key = rotate_rows(attention, query, query_rotary), rotate_rows(attention, key, rotary)
+    value = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim))
+    if queries.grid is not None:
+        key, value = key.index_select(0, queries.grid), value.index_select(0, queries.grid)
+    key, value = key.unflatten(0, (batch, -1)), value.unflatten(0, (batch, -1))
     if past_key_values is not None:
-        key, value = past_key_values.update(key, value, attention.layer_idx)
+        key, value = _cached(past_key_values, key, value, attention.layer_idx)
 
-    width = queries.mask.shape[-2]
-    grid = query.new_zeros(batch * width, *query.shape[1:]).index_copy(0, queries.slots, query)
-    grid = grid.unflatten(0, (batch, width)).transpose(1, 2)
-    # With a mask, enable_gqa would send CUDA to the unfused kernel; repeated keys keep the memory-efficient one.
-    groups = grid.shape[1] // key.shape[1]
+    places = batch * queries.width
+    if queries.slots is not None:
+        query = query.new_zeros(places, *query.shape[1:]).index_copy(0, queries.slots, query)
+    attended = kernel(attention, query.unflatten(0, (batch, queries.width)), key, value, queries).reshape(places, -1)
+    if queries.slots is not None:
+        attended = attended.index_select(0, queries.slots)
+    return attention.o_proj(attended)
+
+
+def _cached(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Put keys and values (B, K, G, D) into the cache; what attention then sees.
+
+    That is what the cache held before and the new ones. An empty cache of a fixed size would give its unused places
+    too, a quantised one rounded values: the new ones are all there is to see.
+    """
+    before = cache.get_seq_length(layer)
+    keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), layer)
+    if not before:
+        return key, value
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def sdpa(attention: Any, query: Tensor, key: Tensor, value: Tensor, queries: Queries) -> Tensor:
+    """torch's scaled dot product attention: the reference, on every device."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    if queries.mask is not None and grouped:
+        # With a mask, enable_gqa would send CUDA to the unfused kernel; repeated keys keep the memory-efficient one.
+        groups, grouped = query.shape[1] // key.shape[1], False
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attended = F.scaled_dot_product_attention(
-        grid,
-        key.repeat_interleave(groups, dim=1),
-        value.repeat_interleave(groups, dim=1),
+        query,
+        key,
+        value,
         attn_mask=queries.mask,
         dropout_p=attention.attention_dropout if attention.training else 0.0,
+        is_causal=queries.mask is None,
         scale=attention.scaling,
+        enable_gqa=grouped,
     )
-    attended = attended.transpose(1, 2).flatten(0, 1).flatten(1)
-    return attention.o_proj(attended.index_select(0, queries.slots))
-
-
-def _rotate(
-    attention: Any, query: Tensor, key: Tensor, rows: Tensor, position_embeddings: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Rotate query (N, H, D) by the cos and sin of its positions and key (B, H, T, D) by those of all positions."""
-    rotate = rotary_function(attention)
-    cos, sin = (part.expand(key.shape[0], -1, -1) for part in position_embeddings)
-    flat_cos, flat_sin = (part.flatten(0, 1).index_select(0, rows) for part in (cos, sin))
-    # The function rotates a query and a key of the same length; the partner of each is a tensor without heads.
-    query, _ = rotate(query, query[:, :0], flat_cos, flat_sin)
-    _, key = rotate(key[:, :0], key, cos, sin)
-    return query, key
+    return attended.transpose(1, 2)
 
 
 def add_rows(hidden: Tensor, rows: Tensor, update: Tensor) -> Tensor:
-    """``hidden`` (B, T, C) with ``update`` (N, C) added at the flat positions ``rows`` (N,); differentiable."""
-    flat = hidden.flatten(0, 1)
-    changed = (flat.index_select(0, rows) + update).to(flat.dtype)
-    return flat.index_copy(0, rows, changed).view_as(hidden)
+    """``hidden`` (N, C) with ``update`` (M, C) added at ``rows`` (M,); differentiable."""
+    changed = (hidden.index_select(0, rows) + update).to(hidden.dtype)
+    return hidden.index_copy(0, rows, changed)
 
 
 def backend_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """``visible`` (B, T, K) bool as the 4D mask that a transformers attention backend understands.
+    """``visible`` (B, T, K) bool as the mask that a transformers attention backend understands.
 
     Raises:
-        PlanError: a backend that takes no such mask (flash attention).
+        PlanError: a backend that takes no such mask (flash attention, for more than one query).
     """
-    visible = visible[:, None]
     if implementation == "sdpa":
-        return visible
+        return visible[:, None]
     if implementation == "eager":  # adds its mask to the scores: True would count as +1
+        visible = visible[:, None]
         return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
             ~visible, torch.finfo(dtype).min
         )
+    if implementation == "flash_attention_2" and visible.shape[1] == 1:  # takes the padding, and the rest is causal
+        return visible[:, 0].long()
     raise PlanError(
-        f"attention implementation {implementation!r} takes no mask of its own, which packed documents and an evicted "
-        "KV cache need; load the language model with attn_implementation='sdpa' or 'eager'"
+        f"attention implementation {implementation!r} takes no mask of its own, which packed documents and a step onto "
+        "a filled or evicted KV cache need; load the language model with attn_implementation='sdpa' or 'eager'"
     )

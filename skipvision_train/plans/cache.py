@@ -1,12 +1,14 @@
-"""The skip KV-cache: after prefill, chosen positions leave the cache, and the memory they held is given back.
+"""KV caches that hold less than the sequence: positions were evicted after prefill, or dropped before a layer saw them.
 
 Skip-Vision (Eq. 7). The public code of the method keeps everything and re-slices at every step; here the cache shrinks
-once. A layer keeps reporting its *logical* length (prompt plus generated tokens), so positions are not renumbered; what
-it holds, its *physical* length, is shorter. Rows that keep different numbers of positions are padded on the left.
+once, and the memory is given back. A layer keeps reporting its *logical* length (prompt plus generated tokens), so
+positions are not renumbered; what it holds, its *physical* length, is shorter. Rows that hold fewer positions than
+others have unused slots among those of the prompt, which the mask hides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from skipvision_train.errors import PlanError
+from skipvision_train.plans.stages import pick, used_slots
 
 
 class EvictedLayer(DynamicLayer):
@@ -21,16 +24,28 @@ class EvictedLayer(DynamicLayer):
 
     Attributes:
         keys, values: (batch, heads, kept + generated, width).
-        columns: (batch, kept) int64, the prompt column of every kept slot, ascending; -1 on the padding at the left.
-        prompt_length: how many positions the prompt had before eviction.
+        columns: (batch, kept) int64, the prompt column of every kept slot; -1 in unused slots.
+        prompt_length: how many columns the prompt had.
+        padded: whether there are unused slots.
+        shift: (batch,) int64, by how much rotary positions fall behind the columns where a drop renumbers; or None.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, columns: Tensor, prompt_length: int) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        columns: Tensor,
+        prompt_length: int,
+        padded: bool = True,
+        shift: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self.columns = columns
         self.prompt_length = prompt_length
+        self.padded = padded
+        self.shift = shift
 
     @property
     def physical_length(self) -> int:
@@ -76,17 +91,21 @@ class EvictedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the rows ``beam_idx`` (beam search)."""
         super().reorder_cache(beam_idx)
-        self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
+        self._rows(beam_idx.to(self.columns.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         super().batch_repeat_interleave(repeats)
-        self.columns = self.columns.repeat_interleave(repeats, dim=0)
+        self._rows(torch.arange(len(self.columns), device=self.columns.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (int64 or bool)."""
         super().batch_select_indices(indices)
-        self.columns = self.columns[indices.to(self.columns.device)]
+        self._rows(indices.to(self.columns.device))
+
+    def _rows(self, rows: Tensor) -> None:
+        self.columns = self.columns[rows]
+        self.shift = None if self.shift is None else self.shift[rows]
 
 
 def check_evictable(cache: Any) -> None:
@@ -95,19 +114,46 @@ def check_evictable(cache: Any) -> None:
     Raises:
         PlanError: with the class that was found.
     """
+    way_out = "pass past_key_values=DynamicCache(), or leave cache_implementation out"
     if not isinstance(cache, DynamicCache):
-        raise PlanError(f"KV cache: a skip plan needs a transformers DynamicCache, found {type(cache).__name__}")
+        raise PlanError(
+            f"KV cache: a {type(cache).__name__} cannot give up single tokens, as this plan's evictions or drops do; "
+            f"{way_out}"
+        )
     for i, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
-            raise PlanError(f"KV cache: layer {i} is a {type(layer).__name__}; a skip plan needs plain DynamicLayer")
+        if type(layer) not in (DynamicLayer, EvictedLayer):
+            raise PlanError(
+                f"KV cache: layer {i} is a {type(layer).__name__}, which cannot give up single tokens; {way_out}"
+            )
+
+
+def thin(
+    cache: DynamicCache, layers: Sequence[int], columns: Tensor, used: Tensor, prompt_length: int, shift: Tensor | None
+) -> None:
+    """Tell ``layers`` of a cache which columns their slots hold: they were filled after a drop.
+
+    Args:
+        cache: filled by a prefill; these layers hold (batch, slots) positions.
+        layers: their numbers.
+        columns: (batch, slots) int64 on the cache's device.
+        used: (batch, slots) bool on the CPU, False in unused slots.
+        prompt_length: T.
+        shift: (batch,) int64, as in :class:`EvictedLayer`.
+    """
+    padded = not bool(used.all())
+    columns = columns.masked_fill(~used.to(columns.device), -1)
+    held: list[Any] = cache.layers
+    for i in layers:
+        held[i] = EvictedLayer(held[i].keys, held[i].values, columns, prompt_length, padded, shift)
 
 
 def evict(cache: DynamicCache, keep: Tensor) -> None:
     """Remove positions from every layer of a filled cache, in place.
 
     Args:
-        cache: holds (batch, length) positions in each layer.
-        keep: (batch, length) bool, True where the position stays. Padding should not stay.
+        cache: holds (batch, length) positions in each layer, or what drops left of them.
+        keep: (batch, length) bool, True where the position stays. Padding should not stay. On the CPU nobody waits for
+            a device, unless drops depend on scores.
 
     Raises:
         PlanError: a cache of another class, or of another length than ``keep``.
@@ -115,26 +161,47 @@ def evict(cache: DynamicCache, keep: Tensor) -> None:
     check_evictable(cache)
     if cache.get_seq_length() != keep.shape[-1]:
         raise PlanError(f"KV cache: holds {cache.get_seq_length()} positions, the eviction is for {keep.shape[-1]}")
-    counts = keep.sum(-1, keepdim=True)
-    kept = int(counts.max())
-    # A stable sort of False < True puts the kept columns last and leaves them in order: padding ends up on the left.
-    columns = keep.int().argsort(dim=-1, stable=True)[:, keep.shape[-1] - kept :]
-    padding = torch.arange(kept, device=keep.device) < kept - counts
-    marked = columns.masked_fill(padding, -1)
+    whole = torch.arange(keep.shape[-1], device=keep.device).expand_as(keep)
+    done: dict[int, tuple[Tensor, Tensor, bool]] = {}
     layers: list[Any] = cache.layers
     for i, layer in enumerate(layers):
-        index = columns.to(layer.keys.device)[:, None, :, None].expand(-1, layer.keys.shape[1], -1, -1)
+        columns, shift = (layer.columns, layer.shift) if isinstance(layer, EvictedLayer) else (whole, None)
+        if id(columns) not in done:
+            done[id(columns)] = _staying(columns, keep)
+        slots, left, padded = done[id(columns)]
+        index = slots.to(layer.keys.device)[:, None, :, None].expand(-1, layer.keys.shape[1], -1, -1)
         keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
         values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[-1]))
-        layers[i] = EvictedLayer(keys, values, marked.to(keys.device), keep.shape[-1])
+        layers[i] = EvictedLayer(keys, values, left.to(keys.device), keep.shape[-1], padded, shift)
 
 
-def evicted_layer(cache: Any) -> EvictedLayer | None:
-    """The first layer of a cache from which something was evicted, or None: nothing was, or there is no cache."""
+def _staying(columns: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Of the slots that hold ``columns``: which stay (B, K), what they hold (-1: unused), and whether any is unused."""
+    stays = keep.to(columns.device).gather(1, columns.clamp_min(0)) & (columns >= 0)
+    counts = stays.sum(-1).tolist()
+    slots = pick(stays, counts)
+    used = used_slots(counts).to(columns.device)
+    return slots, columns.gather(1, slots).masked_fill(~used, -1), not bool(used_slots(counts).all())
+
+
+def evicted_layers(cache: Any) -> dict[int, EvictedLayer]:
+    """The layers of a cache that hold less than the sequence, by number; none for other caches and without a cache."""
     layers = getattr(cache, "layers", ())
-    if layers and isinstance(layers[0], EvictedLayer) and layers[0].prompt_length:
-        return layers[0]
-    return None
+    return {i: layer for i, layer in enumerate(layers) if isinstance(layer, EvictedLayer) and layer.prompt_length}
+
+
+def check_step_mask(layer: EvictedLayer, attention_mask: Tensor | None, query_length: int) -> None:
+    """Refuse an attention mask that is not (batch, logical length + query_length).
+
+    Raises:
+        PlanError: with both shapes.
+    """
+    expected = (layer.columns.shape[0], layer.get_seq_length() + query_length)
+    if attention_mask is not None and tuple(attention_mask.shape) != expected:
+        raise PlanError(
+            f"attention_mask: has shape {tuple(attention_mask.shape)}; after eviction it still covers the full "
+            f"length, {expected}"
+        )
 
 
 def visible_slots(layer: EvictedLayer, attention_mask: Tensor | None, query_length: int) -> Tensor:
@@ -148,8 +215,6 @@ def visible_slots(layer: EvictedLayer, attention_mask: Tensor | None, query_leng
     Returns:
         (batch, query_length, physical length + query_length) bool.
 
-    Raises:
-        PlanError: an attention mask of another shape.
     """
     device = layer.columns.device
     logical, physical = layer.get_seq_length(), layer.physical_length
@@ -157,12 +222,6 @@ def visible_slots(layer: EvictedLayer, attention_mask: Tensor | None, query_leng
     slots = torch.cat([layer.columns, newer.expand(layer.columns.shape[0], -1)], dim=-1)
     real = slots >= 0
     if attention_mask is not None:
-        expected = (slots.shape[0], logical + query_length)
-        if tuple(attention_mask.shape) != expected:
-            raise PlanError(
-                f"attention_mask: has shape {tuple(attention_mask.shape)}; after eviction it still covers the full "
-                f"length, {expected}"
-            )
         real = real & attention_mask.to(device).bool().gather(1, slots.clamp_min(0))
     index = torch.arange(slots.shape[-1], device=device)
     query = physical + torch.arange(query_length, device=device)[:, None]

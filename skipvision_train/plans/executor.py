@@ -7,73 +7,35 @@ that a decoder does not know down to its layers: so the index tensors of a plan,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from types import MethodType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skipvision_train.errors import PlanError
-from skipvision_train.plans.attention import (
-    ActiveQueries,
-    add_rows,
-    attend,
-    backend_mask,
-    rotary_function,
-    select_queries,
+from skipvision_train.plans.attention import backend_mask, rotary_function, sdpa
+from skipvision_train.plans.cache import (
+    EvictedLayer,
+    check_evictable,
+    check_step_mask,
+    evict,
+    evicted_layers,
+    visible_slots,
 )
-from skipvision_train.plans.cache import check_evictable, evict, evicted_layer, visible_slots
 from skipvision_train.plans.layout import TokenLayout
-from skipvision_train.plans.plan import Kinds, LayerRule, SkipPlan, TokenKind
+from skipvision_train.plans.plan import SkipPlan
+from skipvision_train.plans.rules import TokenKind
+from skipvision_train.plans.run import DecodeRun, PlanRun, layer_forward
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen2_5_vl", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_vl")
 """transformers model families whose layer code was compared with this executor's. Others share the submodule names and
 compute something else (attention sinks, residual multipliers, clipped queries), which no attribute check would find."""
 
 LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-
-# In transformers 5.17 a layer's __call__ checkpoints whatever forward the instance has; in 5.23 the class's forward
-# does it, which an instance forward replaces and so must do itself.
-CHECKPOINTS_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
-
-
-@dataclass(frozen=True)
-class PlanIndices:
-    """The index tensors of one plan and one batch; one entry per distinct set of kinds, shared by the layers.
-
-    Attributes:
-        rules: the plan's rules, layer 0 first.
-        queries: for each set of kinds without a query that occurs in the batch, who still asks.
-        ffn_rows: for each set of kinds without FFN that occurs in the batch, (N,) int64 flat positions that run it.
-    """
-
-    rules: tuple[LayerRule, ...]
-    queries: dict[Kinds, ActiveQueries]
-    ffn_rows: dict[Kinds, Tensor]
-
-
-def plan_indices(
-    plan: SkipPlan, layout: TokenLayout, device: torch.device, visible: Tensor | None = None
-) -> PlanIndices:
-    """Make the index tensors of ``plan`` for ``layout`` on ``device``; ``visible`` as in :func:`select_queries`.
-
-    A set of kinds of which the batch has no token gets no entry: its layers run their stock code.
-    """
-    queries, ffn_rows = {}, {}
-    for kinds in {rule.no_attention for rule in plan.rules}:
-        if layout.is_kind(kinds).any():
-            queries[kinds] = select_queries(layout, kinds, device, visible)
-    for kinds in {rule.no_ffn for rule in plan.rules}:
-        if (inactive := layout.is_kind(kinds)).any():
-            active = ~inactive & (layout.kinds != TokenKind.PAD)
-            ffn_rows[kinds] = active.flatten().nonzero()[:, 0].to(device)
-    return PlanIndices(plan.rules, queries, ffn_rows)
 
 
 class Attachment:
@@ -102,7 +64,7 @@ class Attachment:
             del module.__dict__["forward"]
             if getattr(previous, "__func__", None) is not type(module).forward:  # it had a forward of its own
                 module.__dict__["forward"] = previous
-        del self._decoder.__dict__["_skip_plan"]
+        del self._decoder.__dict__["_skip_plan"], self._decoder.__dict__["_skip_kernel"]
         self._decoder = None
 
     def __enter__(self) -> Attachment:
@@ -133,7 +95,7 @@ def attach(model: nn.Module, plan: SkipPlan) -> Attachment:
         PlanError: no decoder of the LLaMA shape, another depth than the plan's, or a plan attached already.
     """
     decoder = find_decoder(model)
-    plan.check_depth(len(decoder.layers))
+    plan = plan.bind(len(decoder.layers))
     if "_skip_plan" in decoder.__dict__:
         raise PlanError(
             f"plan {plan.name!r}: plan {decoder._skip_plan.name!r} is attached to this model; detach it first"
@@ -143,8 +105,8 @@ def attach(model: nn.Module, plan: SkipPlan) -> Attachment:
     # Bound methods rather than closures: copy.deepcopy rebinds them to the copy.
     for module in (decoder, *decoder.layers):
         module.__dict__["_stock_forward"] = module.forward
-        module.__dict__["forward"] = MethodType(_decoder_forward if module is decoder else _layer_forward, module)
-    decoder.__dict__["_skip_plan"] = plan
+        module.__dict__["forward"] = MethodType(_decoder_forward if module is decoder else layer_forward, module)
+    decoder.__dict__["_skip_plan"], decoder.__dict__["_skip_kernel"] = plan, sdpa
     return Attachment(plan, decoder)
 
 
@@ -197,46 +159,6 @@ def _complaint(index: int, layer: nn.Module) -> str | None:
     return None
 
 
-def _layer_forward(
-    layer: Any, hidden_states: Tensor, *args: Any, plan_indices: PlanIndices | None = None, **kwargs: Any
-) -> Tensor:
-    """The instance forward of a decoder layer: stock, unless its rule concerns some token of this batch."""
-    if plan_indices is None:
-        return layer._stock_forward(hidden_states, *args, **kwargs)
-    rule = plan_indices.rules[layer.self_attn.layer_idx]
-    queries = plan_indices.queries.get(rule.no_attention)
-    ffn_rows = plan_indices.ffn_rows.get(rule.no_ffn)
-    if queries is None and ffn_rows is None:
-        return layer._stock_forward(hidden_states, *args, **kwargs)
-    if layer.gradient_checkpointing and layer.training and not CHECKPOINTS_IN_CALL:
-        run = partial(_run_layer, layer, rule, queries, ffn_rows, **{**kwargs, "past_key_values": None})
-        return layer._gradient_checkpointing_func(run, hidden_states)
-    return _run_layer(layer, rule, queries, ffn_rows, hidden_states, **kwargs)
-
-
-def _run_layer(
-    layer: Any,
-    rule: LayerRule,
-    queries: ActiveQueries | None,
-    ffn_rows: Tensor | None,
-    hidden: Tensor,
-    **kwargs: Any,
-) -> Tensor:
-    """One decoder layer, (B, T, C) -> (B, T, C), of which some tokens skip the attention query, the FFN, or both."""
-    normed = layer.input_layernorm(hidden)
-    if queries is None:
-        hidden = hidden + layer.self_attn(hidden_states=normed, **kwargs)[0]
-    else:
-        update = attend(layer.self_attn, normed, queries, kwargs["position_embeddings"], kwargs.get("past_key_values"))
-        hidden = add_rows(hidden, queries.rows, update)
-        if rule.bypass == "norm":
-            hidden = add_rows(hidden, queries.bypassed, normed.flatten(0, 1).index_select(0, queries.bypassed))
-    if ffn_rows is None:
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    active = hidden.flatten(0, 1).index_select(0, ffn_rows)[None]
-    return add_rows(hidden, ffn_rows, layer.mlp(layer.post_attention_layernorm(active))[0])
-
-
 def _decoder_forward(
     decoder: Any,
     input_ids: Tensor | None = None,
@@ -252,31 +174,31 @@ def _decoder_forward(
     call = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
     call |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
     if token_layout is None:
-        if (evicted := evicted_layer(past_key_values)) is not None:
-            visible = visible_slots(evicted, attention_mask, _inputs(call).shape[1])
-            attention_mask = _mask_for(decoder, visible, call)
-        return decoder._stock_forward(attention_mask=attention_mask, **call)
+        return _decode(decoder, attention_mask, call)
 
     plan: SkipPlan = decoder._skip_plan
     if decoder.training and decoder.gradient_checkpointing:  # transformers keeps no cache then
         call |= {"past_key_values": None, "use_cache": False}
-    elif plan.evict and past_key_values is None:
+    elif (plan.evict or plan.drops) and past_key_values is None:
         call |= {
             "past_key_values": DynamicCache(config=decoder.config) if use_cache else None,
             "use_cache": use_cache is True,
         }
-    _check_prefill(plan, token_layout, attention_mask, call)
+    layout = token_layout.to("cpu")
+    _check_prefill(plan, layout, attention_mask, call)
     cache = call["past_key_values"]
+    if cache is not None and cache.get_seq_length() > 0:
+        return _continue(decoder, layout, attention_mask, call)
     if cache is None or not plan.evict:
-        return _prefill(decoder, token_layout, call)
-    leaving = token_layout.is_kind(plan.evict)
+        return _prefill(decoder, layout, call)
+    leaving = layout.is_kind(plan.evict)
     if plan.evict_when == "before_first_token":
         leaving[:, -1] = False
         if leaving.any():
-            return _prefill_in_two(decoder, token_layout, leaving, call)
-    outputs = _prefill(decoder, token_layout, call)
+            return _prefill_in_two(decoder, layout, leaving, call)
+    outputs = _prefill(decoder, layout, call)
     if leaving.any():
-        evict(cache, ~leaving & token_layout.attention_mask.bool())
+        evict(cache, ~leaving & layout.attention_mask.bool())
     return outputs
 
 
@@ -286,17 +208,23 @@ def _inputs(call: dict[str, Any]) -> Tensor:
 
 
 def _mask_for(decoder: Any, visible: Tensor, call: dict[str, Any]) -> Tensor:
-    """``visible`` (B, T, K) bool as a 4D mask for the decoder's attention backend."""
+    """``visible`` (B, T, K) bool as a mask for the decoder's attention implementation."""
     dtype = decoder.embed_tokens.weight.dtype if call["inputs_embeds"] is None else call["inputs_embeds"].dtype
     return backend_mask(visible.to(_inputs(call).device), decoder.config._attn_implementation, dtype)
+
+
+def _run(decoder: Any, layout: TokenLayout, call: dict[str, Any], visible: Tensor | None = None) -> PlanRun:
+    device, kernel = _inputs(call).device, decoder._skip_kernel
+    return PlanRun(decoder._skip_plan, layout, device, kernel, decoder.rotary_emb, visible)
 
 
 def _check_prefill(plan: SkipPlan, layout: TokenLayout, attention_mask: Tensor | None, call: dict[str, Any]) -> None:
     """Refuse a call with a layout that could only give wrong results.
 
     Raises:
-        PlanError: the layout has another shape than the inputs; a mask that is not (B, T); a cache that is not empty,
-            not a plain dynamic one, or meant for packed documents.
+        PlanError: the layout has another shape than the inputs; a mask that is not (B, T); a cache that cannot do what
+            the plan asks, that is filled though the plan drops or evicts, or that is meant for packed documents;
+            renumbering of positions that have several dimensions; an image without the plan's registers.
     """
     shape = tuple(_inputs(call).shape[:2])
     if tuple(layout.kinds.shape) != shape:
@@ -305,14 +233,32 @@ def _check_prefill(plan: SkipPlan, layout: TokenLayout, attention_mask: Tensor |
         raise PlanError(
             f"attention_mask: has {attention_mask.ndim} dimensions; with a token layout only (batch, length) works"
         )
-    if call.get("output_attentions") and plan.layers_without_attention():
+    if call.get("output_attentions") and (plan.layers_without_attention() or plan.drops):
         raise PlanError("output_attentions: layers in which some tokens issue no query have no attention map to give")
+    if plan.registers:
+        _check_registers(plan, layout)
+    positions = call["position_ids"]
+    if positions is not None and positions.ndim > 2 and any(drop.positions == "renumber" for drop in plan.drops):
+        raise PlanError(
+            f"plan {plan.name!r}: drops renumber positions, but this model's have {positions.ndim} dimensions (mRoPE); "
+            "build the plan with positions='keep'"
+        )
     cache = call["past_key_values"]
     if cache is None:
         return
-    check_evictable(cache)
-    if (filled := cache.get_seq_length()) > 0:
-        raise PlanError(f"token_layout: a prefill needs an empty KV cache, this one holds {filled} positions")
+    filled = cache.get_seq_length()
+    if plan.evict or plan.drops:
+        check_evictable(cache)
+        if filled > 0:
+            raise PlanError(
+                f"token_layout: a prefill that drops or evicts needs an empty KV cache, this one holds {filled} "
+                "positions; start again with the whole conversation"
+            )
+    elif filled > 0 and not isinstance(cache, DynamicCache):
+        raise PlanError(
+            f"KV cache: a {type(cache).__name__} that holds {filled} positions cannot take more images under a plan; "
+            "pass a DynamicCache, or the whole conversation at once"
+        )
     if layout.document_ids is not None:
         raise PlanError(
             "token_layout: packed documents cannot be decoded; give one document per row and no document_ids"
@@ -323,17 +269,32 @@ def _check_prefill(plan: SkipPlan, layout: TokenLayout, attention_mask: Tensor |
         raise PlanError(f"token_layout: row {row} ends with padding; evict before_first_token needs left padding")
 
 
+def _check_registers(plan: SkipPlan, layout: TokenLayout) -> None:
+    visual = layout.is_kind(frozenset().union(*(drop.kinds for drop in plan.drops))).any(-1)
+    lacking = visual & ((layout.kinds == TokenKind.SUMMARY).sum(-1) < plan.registers)
+    if lacking.any():
+        row = int(lacking.int().argmax())
+        found = int((layout.kinds[row] == TokenKind.SUMMARY).sum())
+        raise PlanError(
+            f"plan {plan.name!r}: row {row} has an image and {found} registers (summary tokens), the plan needs "
+            f"{plan.registers}; train the model with them, or use vtw"
+        )
+
+
 def _prefill(decoder: Any, layout: TokenLayout, call: dict[str, Any]) -> Any:
     """The decoder's forward over a whole layout under the plan."""
     device = _inputs(call).device
-    indices = plan_indices(decoder._skip_plan, layout, device)
+    run = _run(decoder, layout, call)
     attention_mask = layout.attention_mask.to(device)
     # Layers whose queries are gathered mask by themselves; a (T, T) mask of documents is for the others.
-    if layout.document_ids is not None and any(r.no_attention not in indices.queries for r in indices.rules):
+    if layout.document_ids is not None and run.stock_mask_needed():
         attention_mask = _mask_for(decoder, layout.to(device).visible(), call)
     if call["position_ids"] is None:
         call = {**call, "position_ids": layout.position_ids.to(device)}
-    return decoder._stock_forward(attention_mask=attention_mask, plan_indices=indices, **call)
+    outputs = decoder._stock_forward(attention_mask=attention_mask, plan_run=run, **call)
+    if call["past_key_values"] is not None:
+        run.finish(call["past_key_values"])
+    return outputs
 
 
 def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: dict[str, Any]) -> Any:
@@ -357,10 +318,7 @@ def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: di
 
     first = _prefill(decoder, layout.columns(0, last), part(0, last))
     evict(cache, (~leaving & layout.attention_mask.bool())[:, :last])
-    visible = visible_slots(cache.layers[0], None, 1).to(device)
-    indices = plan_indices(decoder._skip_plan, layout.columns(last, last + 1), device, visible)
-    mask = _mask_for(decoder, visible, call)
-    second = decoder._stock_forward(attention_mask=mask, plan_indices=indices, **part(last, last + 1))
+    second = _continue(decoder, layout.columns(last, last + 1), None, part(last, last + 1))
     states = None
     if first.hidden_states is not None:
         states = tuple(torch.cat(pair, dim=1) for pair in zip(first.hidden_states, second.hidden_states, strict=True))
@@ -370,3 +328,63 @@ def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: di
         hidden_states=states,
     )
     return outputs.to_tuple() if return_dict is False else outputs
+
+
+def _continue(decoder: Any, layout: TokenLayout, attention_mask: Tensor | None, call: dict[str, Any]) -> Any:
+    """A step of several tokens, images among them, onto a filled cache, under the plan's rules.
+
+    Args:
+        decoder: the decoder.
+        layout: of the new tokens.
+        attention_mask: (B, filled + T) or None; the new tokens' padding is the layout's.
+        call: the rest of the decoder's arguments.
+    """
+    cache, length = call["past_key_values"], layout.kinds.shape[1]
+    evicted = evicted_layers(cache)
+    if evicted:
+        past = visible_slots(evicted[0], attention_mask, length)
+    else:
+        filled = cache.get_seq_length()
+        real = torch.ones(len(layout.kinds), filled + length) if attention_mask is None else attention_mask
+        past = real[:, None].bool().expand(-1, length, -1)
+    past = past[..., :-length].cpu()
+    visible = torch.cat([past, layout.visible()], dim=-1).to(_inputs(call).device)
+    run = _run(decoder, layout, call, visible)
+    mask = _mask_for(decoder, visible, call)
+    return decoder._stock_forward(attention_mask=mask, plan_run=run, **call)
+
+
+def _decode(decoder: Any, attention_mask: Tensor | None, call: dict[str, Any]) -> Any:
+    """A step of text: the stock forward, in which layers that hold less than the sequence mask what they hold."""
+    evicted = evicted_layers(call["past_key_values"])
+    if not evicted:
+        return decoder._stock_forward(attention_mask=attention_mask, **call)
+    length = _inputs(call).shape[1]
+    check_step_mask(next(iter(evicted.values())), attention_mask, length)
+    plain = length == 1 and (attention_mask is None or bool(attention_mask.all()))
+    masks: dict[int, Tensor | None] = {}
+    rotary: dict[int, tuple[Tensor, Tensor]] = {}
+    made: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor] | None]] = {}
+    for index, layer in evicted.items():
+        if id(layer.columns) not in made:
+            visible = None if plain and not layer.padded else visible_slots(layer, attention_mask, length)
+            mask = None if visible is None else _mask_for(decoder, visible, call)
+            made[id(layer.columns)] = mask, _shifted_rotary(decoder, layer, call)
+        masks[index], shifted = made[id(layer.columns)]
+        if shifted is not None:
+            rotary[index] = shifted
+    if 0 in evicted:  # the stock code makes its mask for the first layer's length, and no layer needs another
+        attention_mask = masks[0]
+    return decoder._stock_forward(attention_mask=attention_mask, decode_run=DecodeRun(masks, rotary), **call)
+
+
+def _shifted_rotary(decoder: Any, layer: EvictedLayer, call: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of new tokens in a layer whose positions were renumbered; None where they were not."""
+    if layer.shift is None:
+        return None
+    inputs, positions = _inputs(call), call["position_ids"]
+    if positions is None:
+        start = layer.get_seq_length()
+        positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
+    like = decoder.embed_tokens.weight[:1] if call["inputs_embeds"] is None else call["inputs_embeds"]
+    return decoder.rotary_emb(like, positions - layer.shift.to(positions.device)[:, None])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from skipvision_train.plans.plan import Kinds, TokenKind
+from skipvision_train.plans.rules import Kinds, TokenKind
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,24 @@ class TokenLayout:
         position_ids: (batch, length) int64, the rotary position; 0 on padding. Restarts with every document.
         document_ids: (batch, length) int64 or None. Tokens attend only within their document (packing); None means
             one document per row.
+        asking: (batch, length) bool or None: the positions whose attention ranks visual tokens in a plan that drops
+            some. In training those just before an answer (a document without one drops no ranked token); None means
+            the last token of every document, which is right for a prompt.
     """
 
     kinds: Tensor
     position_ids: Tensor
     document_ids: Tensor | None = None
+    asking: Tensor | None = None
 
     @classmethod
-    def from_kinds(cls, kinds: Tensor, document_ids: Tensor | None = None) -> TokenLayout:
+    def from_kinds(cls, kinds: Tensor, document_ids: Tensor | None = None, asking: Tensor | None = None) -> TokenLayout:
         """Derive positions: 0, 1, 2, ... over the non-padding tokens of each document of each row.
 
         Args:
             kinds: (batch, length) integers.
             document_ids: (batch, length) integers, each document one contiguous run, or None.
+            asking: (batch, length) bool, as the attribute.
         """
         kinds = kinds.long()
         real = kinds != TokenKind.PAD
@@ -41,7 +47,7 @@ class TokenLayout:
             starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
             first = torch.where(starts, positions + (~real).long(), torch.zeros_like(positions))
             positions = positions - first.cummax(-1).values
-        return cls(kinds, positions.clamp_min(0) * real, document_ids)
+        return cls(kinds, positions.clamp_min(0) * real, document_ids, asking)
 
     @property
     def attention_mask(self) -> Tensor:
@@ -50,10 +56,19 @@ class TokenLayout:
 
     def is_kind(self, kinds: Kinds) -> Tensor:
         """(batch, length) bool: True where the position is one of ``kinds``."""
-        found = torch.zeros_like(self.kinds, dtype=torch.bool)
-        for kind in kinds:
-            found |= self.kinds == int(kind)
-        return found
+        return is_kind(self.kinds, kinds)
+
+    def last_tokens(self) -> Tensor:
+        """(batch, length) bool: True on the last real token of every document."""
+        real = self.kinds != TokenKind.PAD
+        length = self.kinds.shape[-1]
+        column = torch.arange(length, device=real.device).expand_as(real)
+        at_or_after = torch.where(real, column, length).flip(-1).cummin(-1).values.flip(-1)
+        following = torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=length)  # the next real token's column
+        is_last = following == length
+        if self.document_ids is not None:
+            is_last |= self.document_ids.gather(1, following.clamp_max(length - 1)) != self.document_ids
+        return real & is_last
 
     def visible(self) -> Tensor:
         """(batch, length, length) bool: query i may attend to key j (causal, same document, key no padding).
@@ -69,10 +84,20 @@ class TokenLayout:
 
     def columns(self, start: int, stop: int) -> TokenLayout:
         """The layout of the columns ``start`` to ``stop``; positions and documents stay as they are."""
-        documents = None if self.document_ids is None else self.document_ids[:, start:stop]
-        return TokenLayout(self.kinds[:, start:stop], self.position_ids[:, start:stop], documents)
+        return self._each(lambda part: part[:, start:stop])
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """A copy on another device."""
-        documents = None if self.document_ids is None else self.document_ids.to(device)
-        return TokenLayout(self.kinds.to(device), self.position_ids.to(device), documents)
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenLayout(**{name: None if part is None else change(part) for name, part in parts.items()})
+
+
+def is_kind(kinds: Tensor, wanted: Kinds) -> Tensor:
+    """Bool of the shape of ``kinds``: True where it is one of ``wanted``."""
+    found = torch.zeros_like(kinds, dtype=torch.bool)
+    for kind in wanted:
+        found |= kinds == int(kind)
+    return found

@@ -15,7 +15,7 @@ from skipvision_train.config.validate import accumulation
 from skipvision_train.data.collate import IGNORED_LABEL, collate
 from skipvision_train.data.processor import Example
 from skipvision_train.errors import ConfigError
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from skipvision_train.analysis.flops import connector_flops, sequence_flops, vis
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.plans.methods import dense
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import BatchArithmetic
 from skipvision_train.training.checkpoints import flatten
 from skipvision_train.training.memory import estimate_memory
@@ -56,14 +56,16 @@ def amount(value: float, unit: str) -> str:
 
 
 def token_line(config: SkipVisionConfig) -> str:
-    """The tokens of one image by kind."""
+    """The tokens of one image by their part: middle ones are retained ones, the last local one is a local one."""
     connector, reducer = config.connector_config, config.reducer_config
+    registers = f", {reducer.registers} registers" if reducer.registers else ""
     if not reducer.skip_finest:
-        return f"{connector.num_tokens} retained"
+        return f"{connector.num_tokens} retained{registers}"
     kinds = Counter(config.image_token_kinds())
     local = kinds[TokenKind.SKIPPED] + reducer.last_local_ffn
     last = " (the last one runs the FFN)" if reducer.last_local_ffn else ""
-    return f"{sum(connector.queries[:-1])} retained, {local} local{last}, {kinds[TokenKind.SUMMARY]} summary"
+    retained, summaries = sum(connector.queries[:-1]), reducer.has_former + reducer.has_latter
+    return f"{retained} retained, {local} local{last}, {summaries} summary{registers}"
 
 
 def flops_lines(config: SkipVisionConfig, counts: Mapping[TokenKind, int], images: int) -> list[str]:
@@ -79,7 +81,7 @@ def flops_lines(config: SkipVisionConfig, counts: Mapping[TokenKind, int], image
         TokenKind.TEXT: counts.get(TokenKind.TEXT, 0),
         TokenKind.RETAINED: images * config.connector_config.num_tokens,
     }
-    whole = sequence_flops(text, everything, dense(text.num_hidden_layers)).total
+    whole = sequence_flops(text, everything, dense().bind(text.num_hidden_layers)).total
     skipped = sequence_flops(text, counts, config.plan_or_dense()).total
     before = vision_flops(config.vision_config)
     before += connector_flops(config.connector_config, config.vision_config, text.hidden_size)
@@ -154,7 +156,7 @@ def report(
 def mark_sample(
     pieces: Sequence[str], kinds: Sequence[TokenKind], supervised: Sequence[bool], is_image: Sequence[bool]
 ) -> list[str]:
-    """A sample as text: supervised runs stand in ``[[ ]]``, runs of placeholders are counted.
+    """A sample as text: supervised runs stand in ``[[ ]]``, runs of placeholders are counted by kind, in their order.
 
     Args:
         pieces: the text of each position.
@@ -169,7 +171,7 @@ def mark_sample(
             continue
         if is_image[start]:
             counted = Counter(kinds[start:i])
-            names = ", ".join(f"{count} {kind.name.lower()}" for kind, count in sorted(counted.items()))
+            names = ", ".join(f"{count} {kind.name.lower()}" for kind, count in counted.items())
             parts.append(f"<{i - start} visual tokens: {names}>")
         else:
             run = "".join(pieces[start:i])

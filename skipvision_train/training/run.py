@@ -31,7 +31,7 @@ from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.models.vision import read_vision_checkpoint
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training import dryrun
 from skipvision_train.training.batching import BatchArithmetic, TrainCollator
 from skipvision_train.training.checkpoints import (

@@ -30,7 +30,7 @@ def make_evaluation(per_task: int = 8, right: int = 5, **overrides: object) -> E
     values: dict = {
         "checkpoint": "outputs/model",
         "recipe": "sketches",
-        "plan": skip_ffn(3),
+        "plan": skip_ffn().bind(3),
         "scores": Scores.of(predictions),
         "cost": SampleCost({"text": 12.0, "skipped": 5.5}, 2e9, 1e9, 1e6, 4e9, 2e9, 4096.0, 1024.0),
         "predictions": predictions,

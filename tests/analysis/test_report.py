@@ -58,7 +58,7 @@ class Pictures:
 @pytest.fixture
 def inputs(evaluation_factory):
     own = evaluation_factory()
-    other = evaluation_factory(right=4, plan=vskip(3, [2]), blind=None, timing=None)
+    other = evaluation_factory(right=4, plan=vskip([2]).bind(3), blind=None, timing=None)
     return ReportInputs(
         "A title", LOSSES, own, {"V-Skip": other}, {"vskip": {"scores": [0.5, 0.1, 0.0], "layers": [2]}}
     )

@@ -65,10 +65,10 @@ def next_token_log_probs(model, batch, plan):
 
 
 @pytest.mark.parametrize("bypass", ["zero", "norm"])
-@pytest.mark.parametrize("base", [dense(3), skip_ffn(3)], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("base", [dense().bind(3), skip_ffn().bind(3)], ids=lambda plan: plan.name)
 def test_scores_are_the_kl_of_explicit_runs(model, base, bypass):
     batches = [make_batch(model, [(2, 3), (0, 7)]), make_batch(model, [(4, 4)], seed=1)]
-    model.set_plan(dense(3))
+    model.set_plan(dense().bind(3))
     expected = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
@@ -89,11 +89,11 @@ def test_last_layer_is_zero_when_it_is_really_run(model):
     batch = make_batch(model, [(2, 3), (0, 7)])
     with torch.no_grad():
         full = model(**batch, logits_to_keep=1).logits[:, -1]
-        model.set_plan(vskip(3, [2]))
+        model.set_plan(vskip([2]).bind(3))
         without = model(**batch, logits_to_keep=1).logits[:, -1]
     assert torch.equal(full, without)
     assert kl_divergence(full, without).tolist() == [0, 0]
-    model.set_plan(dense(3))
+    model.set_plan(dense().bind(3))
     assert visual_information_gain(model, [batch])[-1] == 0
 
 
@@ -120,7 +120,7 @@ def test_other_kinds_can_be_chosen(model):
 
 def test_plan_is_restored_after_an_error(model, monkeypatch):
     batch = make_batch(model, [(2, 3)])
-    base = skip_ffn(3)
+    base = skip_ffn().bind(3)
     model.set_plan(base)
     with torch.no_grad():
         before = model(**batch, logits_to_keep=1).logits
@@ -142,7 +142,7 @@ def test_plan_is_restored_after_an_error(model, monkeypatch):
 
 
 def test_contradicting_bypass_is_refused_and_the_plan_kept(model):
-    base = vskip(3, [1], bypass="norm")
+    base = vskip([1], bypass="norm").bind(3)
     model.set_plan(base)
     with pytest.raises(PlanError, match="bypass"):
         visual_information_gain(model, [make_batch(model, [(2, 3)])])

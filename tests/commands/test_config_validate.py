@@ -79,7 +79,7 @@ def test_rule(cfg, path, value, message):
 
 
 def test_plan_deeper_than_the_model(cfg, tmp_path):
-    skip_ffn(40).save(tmp_path / "plan.json")
+    skip_ffn().bind(40).save(tmp_path / "plan.json")
     cfg.model.plan = str(tmp_path / "plan.json")
     with pytest.raises(ConfigError, match=r"^model\.plan: plan 'skip_ffn' has 40 layers, the model has 32"):
         validate(cfg, 1)

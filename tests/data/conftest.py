@@ -85,7 +85,7 @@ def image_id(tokenizer):
 
 @pytest.fixture
 def config(config_factory, tokenizer, image_id):
-    """The tiny model; an image is 2 + 4 retained, summary, 5 skipped, 1 retained, summary: 14 tokens."""
+    """The tiny model; an image is 2 retained, 4 middle, summary, 5 skipped, 1 retained, summary: 14 tokens."""
     return config_factory(image_token_id=image_id)
 
 

@@ -8,7 +8,7 @@ import torch
 from skipvision_train.data.collate import collate
 from skipvision_train.data.processor import Example
 from skipvision_train.errors import DataError
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 PAD = int(TokenKind.PAD)
 

@@ -15,7 +15,7 @@ from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.records import Turn
 from skipvision_train.errors import DataError
 from skipvision_train.models.configuration import ReducerConfig
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 
 def kinds_at(example, image_id):
@@ -24,8 +24,8 @@ def kinds_at(example, image_id):
 
 def test_layout_of_an_image(processor, config, image_id, turns, picture):
     example = processor.encode(turns("<image>\nWhat?", "A cat."), [picture()])
-    R, S, M = TokenKind.RETAINED, TokenKind.SKIPPED, TokenKind.SUMMARY
-    assert kinds_at(example, image_id) == [R] * 6 + [M] + [S] * 5 + [R, M]
+    R, M, S, Y = TokenKind.RETAINED, TokenKind.MIDDLE, TokenKind.SKIPPED, TokenKind.SUMMARY
+    assert kinds_at(example, image_id) == [R] * 2 + [M] * 4 + [Y] + [S] * 5 + [R, Y]
     assert tuple(kinds_at(example, image_id)) == config.image_token_kinds()
     assert processor.tokens_per_image == 14
     others = [k for k, t in zip(example.token_kinds, example.input_ids, strict=True) if t != image_id]

@@ -53,7 +53,7 @@ def processor(tiny_config, tokenizer):
 @pytest.fixture
 def model(tiny_config, processor):
     """Under Skip-Vision's plan. Weights large enough that the answer depends on image and question."""
-    tiny_config.skip_plan = skip_ffn(3).to_dict()
+    tiny_config.skip_plan = skip_ffn().bind(3).to_dict()
     torch.manual_seed(0)
     model = SkipVisionForConditionalGeneration(tiny_config).eval()
     with torch.no_grad():

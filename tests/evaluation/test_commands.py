@@ -30,7 +30,7 @@ def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
     assert 2 in plan.layers_without_attention()  # the last layer is free
     assert plan.layers_without_attention() == tuple(vig["layers"])
     assert len(vig["layers"]) == 2
-    assert plan.evict == skip_ffn(3).evict
+    assert plan.evict == skip_ffn().bind(3).evict
     assert all(TokenKind.SKIPPED in rule.no_ffn for rule in plan.rules)
     assert plan.rules[2].no_attention == VISUAL
     assert vig["scores"][2] == 0
@@ -53,7 +53,7 @@ def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
     evaluate.run(skipping)
     result = EvaluationResult.load(tmp_path / "own" / "evaluation.json")
     other = EvaluationResult.load(tmp_path / "other" / "evaluation.json")
-    assert result.plan == skip_ffn(3)
+    assert result.plan == skip_ffn().bind(3)
     assert other.plan == plan
     assert set(result.timing) == {"dense", "plan"}
     assert other.blind is None
@@ -96,8 +96,8 @@ def test_calibration_is_reproducible(settings, tmp_path):
 
 
 def test_dense_model_gets_a_plain_vskip_plan():
-    plan = calibrate.combine(dense(4), (1, 3), "norm", {"seed": 1})
-    assert plan == SkipPlan("V-Skip", vskip(4, (1, 3), "norm").rules)
+    plan = calibrate.combine(dense().bind(4), (1, 3), "norm", {"seed": 1})
+    assert plan == SkipPlan("V-Skip", vskip((1, 3), "norm").bind(4).rules)
     assert plan.provenance == {"seed": 1}
 
 
@@ -159,7 +159,7 @@ def test_mistakes_are_named(command, changes, error, message, settings, tmp_path
 
 
 def test_plan_of_another_depth(settings, tmp_path):
-    vskip(5, [1]).save(tmp_path / "deep.json")
+    vskip([1]).bind(5).save(tmp_path / "deep.json")
     with pytest.raises(PlanError, match="5 layers, the model has 3"):
         evaluate.run(evaluate.Config(**settings, output=str(tmp_path), plan=str(tmp_path / "deep.json")))
 

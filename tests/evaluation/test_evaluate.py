@@ -150,7 +150,7 @@ def test_cost_is_the_mean_over_prompts(model, processor, records):
     text = model.config.text_config
     counts = [{TokenKind[k.upper()]: n for k, n in p.tokens.items()} for p in predictions]
     plan = [flops.sequence_flops(text, c, model.plan).total for c in counts]
-    full = [flops.sequence_flops(text, c, dense(3)).total for c in counts]
+    full = [flops.sequence_flops(text, c, dense().bind(3)).total for c in counts]
     assert cost.decoder_plan == pytest.approx(sum(plan) / 14)
     assert cost.decoder_dense == pytest.approx(sum(full) / 14)
     assert cost.decoder_plan < cost.decoder_dense
@@ -163,7 +163,7 @@ def test_cost_is_the_mean_over_prompts(model, processor, records):
 
 def test_plan_of_the_model_is_used(model, processor, records):
     own = [p.output for p in predict(model, processor, records[:10], 5, 6)]
-    model.set_plan(vskip(3, [0, 1]))
+    model.set_plan(vskip([0, 1]).bind(3))
     assert [p.output for p in predict(model, processor, records[:10], 5, 6)] != own
 
 

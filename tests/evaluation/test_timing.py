@@ -17,10 +17,12 @@ def batches(model, processor, records):
 
 def test_cache_bytes_are_those_of_the_arithmetic(model, batches):
     base = model.plan
-    timings = measure_plans(model, batches, {"dense": dense(3), "plan": skip_ffn(3)}, repeats=1, decode_tokens=2)
+    timings = measure_plans(
+        model, batches, {"dense": dense().bind(3), "plan": skip_ffn().bind(3)}, repeats=1, decode_tokens=2
+    )
     text = model.config.text_config
     counts = [{kind: int((b["token_kinds"] == kind).sum()) for kind in TokenKind} for b in batches]
-    for name, plan in (("dense", dense(3)), ("plan", skip_ffn(3))):
+    for name, plan in (("dense", dense().bind(3)), ("plan", skip_ffn().bind(3))):
         expected = sum(kv_cache_bytes(text, c, plan, bytes_per_value=4) for c in counts) / len(batches)
         assert timings[name].kv_bytes == expected
         assert timings[name].prefill_ms > 0
@@ -33,14 +35,14 @@ def test_plans_take_turns_and_the_first_round_is_thrown_away(model, batches, mon
     order, base = [], model.plan
     set_plan = model.set_plan
     monkeypatch.setattr(model, "set_plan", lambda plan: (order.append(plan.name), set_plan(plan)))
-    measure_plans(model, batches[:1], {"a": dense(3), "b": vskip(3, [1])}, repeats=2, decode_tokens=1)
+    measure_plans(model, batches[:1], {"a": dense().bind(3), "b": vskip([1]).bind(3)}, repeats=2, decode_tokens=1)
     assert order == ["dense", "vskip", "vskip", "dense", "dense", "vskip", base.name]
 
 
 def test_the_median_of_the_repeats_counts(model, batches, monkeypatch):
     clock = iter([t for ms in (9.0, 1.0, 5.0, 2.0) for t in (0.0, ms / 1000, 0.0, ms / 500)])
     monkeypatch.setattr("skipvision_train.evaluation.timing._now", lambda device: next(clock))
-    timing = measure_plans(model, batches[:1], {"a": dense(3)}, repeats=3, decode_tokens=2)["a"]
+    timing = measure_plans(model, batches[:1], {"a": dense().bind(3)}, repeats=3, decode_tokens=2)["a"]
     assert timing.prefill_ms == pytest.approx(2.0)
     assert timing.decode_ms == pytest.approx(2.0)
 
@@ -53,7 +55,7 @@ def test_plan_is_restored_after_an_error(model, batches, monkeypatch):
 
     monkeypatch.setattr(model.language_model.lm_head, "forward", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        measure_plans(model, batches, {"dense": dense(3)}, repeats=1)
+        measure_plans(model, batches, {"dense": dense().bind(3)}, repeats=1)
     assert model.plan == base
 
 
@@ -72,7 +74,7 @@ def test_decoding_feeds_the_same_tokens_as_generate(model, batches):
 @pytest.mark.parametrize(("repeats", "decode_tokens"), [(0, 1), (1, 0)])
 def test_nothing_to_measure(model, batches, repeats, decode_tokens):
     with pytest.raises(ValueError, match="at least one"):
-        measure_plans(model, batches, {"dense": dense(3)}, repeats, decode_tokens)
+        measure_plans(model, batches, {"dense": dense().bind(3)}, repeats, decode_tokens)
 
 
 def test_a_view_of_a_large_cache_saves_nothing():

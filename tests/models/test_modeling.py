@@ -53,8 +53,14 @@ def logits(model, **inputs):
 
 
 def plans():
-    everything = compose([skip_ffn(LAYERS), vskip(LAYERS, [0, 2], bypass="norm")])
-    return [dense(LAYERS), skip_ffn(LAYERS), skip_ffn(LAYERS, evict=()), shortv(LAYERS, [1, 2]), everything]
+    everything = compose([skip_ffn(), vskip([0, 2], bypass="norm")]).bind(LAYERS)
+    return [
+        dense().bind(LAYERS),
+        skip_ffn().bind(LAYERS),
+        skip_ffn(evict=()).bind(LAYERS),
+        shortv([1, 2]).bind(LAYERS),
+        everything,
+    ]
 
 
 @torch.no_grad()
@@ -69,9 +75,9 @@ def test_dense_plan_is_the_stock_language_model_bit_for_bit(model):
 def test_setting_a_plan_and_going_back_restores_the_output(model):
     inputs = batch(model, [row(model, 5, "i", 6, 7)])
     before = logits(model, **inputs)
-    model.set_plan(skip_ffn(LAYERS))
+    model.set_plan(skip_ffn().bind(LAYERS))
     assert not torch.equal(logits(model, **inputs), before)
-    model.set_plan(dense(LAYERS))
+    model.set_plan(dense().bind(LAYERS))
     assert torch.equal(logits(model, **inputs), before)
 
 
@@ -80,9 +86,9 @@ def test_last_layer_of_visual_tokens_is_never_read(model):
     text = (inputs["input_ids"] != IMAGE) & (inputs["attention_mask"] == 1)
     before = logits(model, **inputs)
     rule = LayerRule(no_attention=VISUAL | {TokenKind.SUMMARY}, no_ffn=VISUAL | {TokenKind.SUMMARY})
-    model.set_plan(dense(LAYERS).with_rule(LAYERS - 1, rule))
+    model.set_plan(dense().bind(LAYERS).with_rule(LAYERS - 1, rule))
     torch.testing.assert_close(logits(model, **inputs)[text], before[text], atol=1e-6, rtol=0)
-    model.set_plan(dense(LAYERS).with_rule(LAYERS - 2, rule))
+    model.set_plan(dense().bind(LAYERS).with_rule(LAYERS - 2, rule))
     assert (logits(model, **inputs)[text] - before[text]).abs().max() > 1e-4
 
 
@@ -176,7 +182,7 @@ def test_generation_of_a_ragged_batch_equals_one_by_one(model, plan):
 
 
 @pytest.mark.parametrize(
-    "plan", [dense(LAYERS), skip_ffn(LAYERS, evict=()), shortv(LAYERS, [0, 1])], ids=lambda p: p.name
+    "plan", [dense().bind(LAYERS), skip_ffn(evict=()).bind(LAYERS), shortv([0, 1]).bind(LAYERS)], ids=lambda p: p.name
 )
 def test_generation_without_eviction_does_not_depend_on_the_cache(model, plan):
     model.set_plan(plan)
@@ -189,7 +195,7 @@ def test_generation_evicts_skipped_tokens_and_keeps_the_first_token(model):
     inputs = batch(model, [row(model, 5, "i", 6, 7)])
     skipped = sum(kind == TokenKind.SKIPPED for kind in model.config.image_token_kinds())
     outputs, lengths = {}, {}
-    for name, plan in {"all": skip_ffn(LAYERS, evict=()), "evict": skip_ffn(LAYERS)}.items():
+    for name, plan in {"all": skip_ffn(evict=()).bind(LAYERS), "evict": skip_ffn().bind(LAYERS)}.items():
         model.set_plan(plan)
         out = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None,
@@ -216,7 +222,7 @@ def test_beams_carry_the_images_of_their_row(model):
     assert beams.shape == greedy.shape
 
 
-@pytest.mark.parametrize("plan", [skip_ffn(LAYERS), vskip(LAYERS, [1])], ids=lambda p: p.name)
+@pytest.mark.parametrize("plan", [skip_ffn().bind(LAYERS), vskip([1]).bind(LAYERS)], ids=lambda p: p.name)
 def test_saved_and_loaded_through_the_auto_class_is_the_same_model(tiny_config, tmp_path, plan):
     tiny_config.skip_plan = plan.to_dict()
     model = SkipVisionForConditionalGeneration(tiny_config).eval()
@@ -240,7 +246,7 @@ def test_loading_is_strict(model, tmp_path):
 
 
 def test_a_copy_runs_on_its_own_weights(model):
-    model.set_plan(skip_ffn(LAYERS))
+    model.set_plan(skip_ffn().bind(LAYERS))
     inputs = batch(model, [row(model, 5, "i", 6)])
     before = logits(model, **inputs)
     twin = copy.deepcopy(model)
@@ -253,9 +259,9 @@ def test_a_copy_runs_on_its_own_weights(model):
 
 def test_plans_of_another_depth_are_refused(model, config_factory):
     with pytest.raises(PlanError, match="2 layers, the model has 3"):
-        model.set_plan(dense(2))
+        model.set_plan(dense().bind(2))
     with pytest.raises(PlanError, match="5 layers, the model has 3"):
-        config_factory(skip_plan=skip_ffn(5).to_dict())
+        config_factory(skip_plan=skip_ffn().bind(5).to_dict())
 
 
 def test_dense_arrangement_has_no_reducer_weights(config_factory):

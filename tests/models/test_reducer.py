@@ -8,7 +8,7 @@ import torch
 from skipvision_train.models.configuration import ReducerConfig
 from skipvision_train.models.merging import merge_tokens
 from skipvision_train.models.reducer import Reducer
-from skipvision_train.plans.plan import TokenKind
+from skipvision_train.plans.rules import TokenKind
 
 WIDTH = 5
 VARIANTS = [

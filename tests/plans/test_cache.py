@@ -16,22 +16,38 @@ from skipvision_train.plans import (
     bytes_held,
     compose,
     dense,
+    fastv,
+    pyramiddrop,
     shortv,
     skip_ffn,
+    skip_kv,
+    sparsevlm,
     vskip,
+    vtw,
 )
 from skipvision_train.plans.cache import EvictedLayer, check_evictable, evict, visible_slots
 
 ROWS = ["ttrryssytt", "..rrsssstt", "......tttt", "trssrtrsst"]
-AFTER = skip_ffn(3)
-BEFORE = skip_ffn(3, evict_when="before_first_token")
+AFTER = skip_ffn().bind(3)
+BEFORE = skip_ffn(evict_when="before_first_token").bind(3)
 PLANS = {
     "after": AFTER,
     "before": BEFORE,
-    "no eviction": skip_ffn(3, evict=()),
-    "vskip": vskip(3, [0, 2], bypass="norm"),
-    "eviction only": SkipPlan("evict", dense(3).rules, evict=frozenset({TokenKind.SKIPPED, TokenKind.RETAINED})),
-    "all": compose([shortv(3, [1]), skip_ffn(3, evict=("skipped", "summary"), evict_when="before_first_token")]),
+    "no eviction": skip_ffn(evict=()).bind(3),
+    "vskip": vskip([0, 2], bypass="norm").bind(3),
+    "eviction only": SkipPlan("evict", dense().bind(3).rules, evict=frozenset({TokenKind.SKIPPED, TokenKind.RETAINED})),
+    "all": compose(
+        [shortv([1]).bind(3), skip_ffn(evict=("skipped", "summary"), evict_when="before_first_token").bind(3)]
+    ),
+    "vtw": vtw(1).bind(3),
+    "vtw at once": vtw(0).bind(3),
+    "fastv": fastv(1, 0.4).bind(3),
+    "fastv, eviction": compose([fastv(1, 0.6), skip_kv("all but summary")]).bind(3),
+    "fastv, vskip": compose([fastv(1, 0.4), vskip([0, 2])]).bind(3),
+    "pyramiddrop": pyramiddrop((1, 2), (0.6, 0.3)).bind(3),
+    "pyramiddrop, eviction": compose([pyramiddrop((1, 2), (0.6, 0.3)), skip_kv("small")]).bind(3),
+    "sparsevlm": sparsevlm(layers=(0, 1), keep=(3, 2)).bind(3),
+    "sparsevlm+": sparsevlm(version=2, layers=(0, 1), keep=(3, 2)).bind(3),
 }
 
 
@@ -67,7 +83,8 @@ def test_decoding_equals_one_masked_forward(kit, model, name, row):
     tokens, logits, _ = decode(model, ids, layout, plan)
     whole = TokenLayout.from_kinds(torch.cat([layout.kinds, torch.zeros_like(tokens)], dim=-1))
     with torch.no_grad():
-        expected = kit.slow_logits(model, torch.cat([ids, tokens], dim=-1), whole, plan, lambda n: first_blind)
+        ids = torch.cat([ids, tokens], dim=-1)
+        expected = kit.slow_logits(model, ids, whole, plan, lambda n: first_blind, prompt=len(row))
     torch.testing.assert_close(logits, expected[:, len(row) - 1 : -1], atol=2e-5, rtol=1e-4)
 
 
@@ -110,7 +127,7 @@ def test_after_first_token_leaves_the_first_token_alone(kit, model):
 def test_nothing_to_evict_changes_no_bit(kit, model, plan):
     layout = kit.layout_of("ttrrytt", "..trtrt")
     ids = kit.ids_for(layout)
-    stock_tokens, stock, full = decode(model, ids, layout, dense(3))
+    stock_tokens, stock, full = decode(model, ids, layout, dense().bind(3))
     tokens, logits, cache = decode(model, ids, layout, plan)
     assert torch.equal(logits, stock)
     assert torch.equal(tokens, stock_tokens)
@@ -150,7 +167,8 @@ def test_kept_keys_and_values_are_those_of_the_full_cache_and_memory_falls(kit, 
             for row, kept in enumerate(keep):
                 columns = [i for i, kept_here in enumerate(kept) if kept_here]
                 expected = getattr(full, name)[row][:, columns]
-                assert torch.equal(getattr(evicted, name)[row][:, -len(columns) :], expected)
+                assert torch.equal(getattr(evicted, name)[row][:, : len(columns)], expected)
+                assert evicted.columns[row].tolist() == columns + [-1] * (8 - len(columns))
     longest = max(sum(kept) for kept in keep)
     assert longest == 8
     assert bytes_held(caches[1]) == bytes_held(caches[0]) * longest // 10
@@ -316,12 +334,15 @@ def test_a_view_counts_with_the_memory_it_holds():
 
 
 def test_caches_that_cannot_evict_are_refused(kit, model):
-    with pytest.raises(PlanError, match="needs a transformers DynamicCache, found StaticCache"):
+    with pytest.raises(
+        PlanError, match=r"a StaticCache cannot give up single tokens.*pass past_key_values=DynamicCache"
+    ):
         check_evictable(StaticCache(config=model.config, max_cache_len=8))
     cache = filled(1, 4)
     evict(cache, torch.ones(1, 4, dtype=torch.bool))
     assert isinstance(cache.layers[1], EvictedLayer)
-    with pytest.raises(PlanError, match="layer 0 is a EvictedLayer"):
+    cache.update(torch.randn(1, 2, 1, 3), torch.randn(1, 2, 1, 3), 0)
+    with pytest.raises(PlanError, match="holds 5 positions, the eviction is for 4"):
         evict(cache, torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(PlanError, match="holds 4 positions, the eviction is for 3"):
         evict(filled(1, 4), torch.ones(1, 3, dtype=torch.bool))
@@ -335,7 +356,7 @@ def test_prefill_errors(kit, model):
         model(ids, token_layout=layout, past_key_values=cache)
         with pytest.raises(PlanError, match=r"attention_mask: has shape \(1, 4\); .* the full length, \(1, 5\)"):
             model(ids[:, :1], attention_mask=torch.ones(1, 4), past_key_values=cache)
-        with pytest.raises(PlanError, match="DynamicLayer"):
+        with pytest.raises(PlanError, match="needs an empty KV cache, this one holds 4 positions"):
             model(ids, token_layout=layout, past_key_values=cache)
         filled_cache = DynamicCache()
         model(ids[:, :2], past_key_values=filled_cache)

@@ -28,16 +28,16 @@ from skipvision_train.plans import (
     skip_ffn,
     vskip,
 )
-from skipvision_train.plans.attention import select_queries
+from skipvision_train.plans.stages import Census, LiveTokens, select_queries
 
 IMAGE_IN_TEXT = "ttrryssyttt"
 PLANS = {
-    "skip_ffn": skip_ffn(3, evict=()),
-    "vskip": vskip(3, [0, 2]),
-    "vskip_norm": vskip(3, [0, 1], bypass="norm"),
-    "ffn_skip": ffn_skip(3, [1]),
-    "shortv": shortv(3, [0, 1, 2]),
-    "mixed": compose([vskip(3, [1]), skip_ffn(3, evict=())]),
+    "skip_ffn": skip_ffn(evict=()).bind(3),
+    "vskip": vskip([0, 2]).bind(3),
+    "vskip_norm": vskip([0, 1], bypass="norm").bind(3),
+    "ffn_skip": ffn_skip([1]).bind(3),
+    "shortv": shortv([0, 1, 2]).bind(3),
+    "mixed": compose([vskip([1]), skip_ffn(evict=())]).bind(3),
 }
 
 
@@ -50,7 +50,7 @@ def text(layout):
 
 def test_dense_plan_attaches_nothing(kit, model):
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    with attach(model, dense(3)) as attachment:
+    with attach(model, dense().bind(3)) as attachment:
         assert not attachment.active
         assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
 
@@ -95,7 +95,7 @@ def test_a_forward_set_by_somebody_else_is_used_and_given_back(kit, model):
         return own(*args, **kwargs)
 
     layer.forward = counting
-    with attach(model, vskip(3, [0])):
+    with attach(model, vskip([0]).bind(3)):
         model(kit.ids_for(kit.layout_of("trt")), token_layout=kit.layout_of("trt"), use_cache=False)
     assert calls == [1]
     assert layer.__dict__["forward"] is counting
@@ -127,16 +127,16 @@ def test_save_pretrained_while_attached(kit, model, tmp_path):
 # --- oracles 2, 3, 7: what a plan may and may not change -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [vskip, ffn_skip, shortv, lambda n, layers: vskip(n, layers, bypass="norm")])
+@pytest.mark.parametrize("make", [vskip, ffn_skip, shortv, lambda layers: vskip(layers, bypass="norm")])
 def test_last_layer_changes_no_text_logit_and_earlier_layers_do(kit, model, make):
     layout = kit.layout_of("ttrrssttt", ".trsttrst")
     ids = kit.ids_for(layout)
-    stock = kit.logits_of(model, ids, layout, dense(3))
-    last = kit.logits_of(model, ids, layout, make(3, [2]))
+    stock = kit.logits_of(model, ids, layout, dense().bind(3))
+    last = kit.logits_of(model, ids, layout, make([2]).bind(3))
     # The same sums over fewer rows: matrix products of another shape round differently in the last bits.
     torch.testing.assert_close(last[text(layout)], stock[text(layout)], atol=2e-6, rtol=1e-6)
     assert (last - stock)[layout.is_kind(frozenset({TokenKind.SKIPPED}))].abs().max() > 1e-2
-    first = kit.logits_of(model, ids, layout, make(3, [0]))
+    first = kit.logits_of(model, ids, layout, make([0]).bind(3))
     assert (first - stock)[text(layout)].abs().max() > 1e-2
     before_image = layout.kinds.ne(TokenKind.TEXT).cumsum(-1).eq(0)
     torch.testing.assert_close(first[before_image], stock[before_image], atol=2e-6, rtol=1e-6)
@@ -146,12 +146,12 @@ def test_last_layer_changes_no_text_logit_and_earlier_layers_do(kit, model, make
 def test_shortv_is_vskip_and_ffn_skip(kit, model, layers):
     layout = kit.layout_of(IMAGE_IN_TEXT, "...ttrsrstt")
     ids = kit.ids_for(layout)
-    both = compose([vskip(3, layers), ffn_skip(3, layers)])
-    assert both.rules == shortv(3, layers).rules
-    a, b = (kit.logits_of(model, ids, layout, plan) for plan in (shortv(3, layers), both))
+    both = compose([vskip(layers), ffn_skip(layers)]).bind(3)
+    assert both.rules == shortv(layers).bind(3).rules
+    a, b = (kit.logits_of(model, ids, layout, plan) for plan in (shortv(layers).bind(3), both))
     assert torch.equal(a, b)
     frozen = model.model
-    with attach(model, shortv(3, [0])), torch.no_grad():
+    with attach(model, shortv([0]).bind(3)), torch.no_grad():
         states = frozen(ids, token_layout=layout, use_cache=False, output_hidden_states=True).hidden_states
     visual = layout.is_kind(frozenset({TokenKind.RETAINED, TokenKind.SKIPPED}))
     assert torch.equal(states[1][visual], states[0][visual])
@@ -205,9 +205,9 @@ def test_packed_equals_one_by_one_in_dense_layers_too(kit, model):
     """The first layer gathers queries, the others run stock attention: both must keep documents apart."""
     layout = kit.layout_of("ttrstrrst.", documents=[[0] * 5 + [1] * 4 + [2]])
     ids = kit.ids_for(layout)
-    packed = kit.logits_of(model, ids, layout, vskip(3, [0]))
+    packed = kit.logits_of(model, ids, layout, vskip([0]).bind(3))
     for start, stop, row in ((0, 5, "ttrst"), (5, 9, "rrst")):
-        alone = kit.logits_of(model, ids[:, start:stop], kit.layout_of(row), vskip(3, [0]))
+        alone = kit.logits_of(model, ids[:, start:stop], kit.layout_of(row), vskip([0]).bind(3))
         torch.testing.assert_close(packed[:, start:stop], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -222,7 +222,7 @@ def test_only_active_tokens_are_computed(kit, model):
     layer = model.model.layers[1]
     parts = {"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "o": layer.self_attn.o_proj, "ffn": layer.mlp}
     hooks = [module.register_forward_pre_hook(count(name)) for name, module in parts.items()]
-    kit.logits_of(model, kit.ids_for(layout), layout, compose([vskip(3, [1]), ffn_skip(3, [1], {TokenKind.SKIPPED})]))
+    kit.logits_of(model, kit.ids_for(layout), layout, compose([vskip([1]), ffn_skip([1], {TokenKind.SKIPPED})]).bind(3))
     for hook in hooks:
         hook.remove()
     assert rows == {"q": 7, "k": 20, "o": 7, "ffn": 11}
@@ -232,7 +232,10 @@ def test_no_row_of_a_mask_is_empty(kit):
     """Kernels differ in what they make of a query without a key, or of no query at all: neither may reach them."""
     for rows in (("tts", "ss.", "..."), ("sss", "s..")):
         layout = kit.layout_of(*rows)
-        queries = select_queries(layout, frozenset({TokenKind.SKIPPED}), torch.device("cpu"))
+        text_only = Census(layout).live(frozenset({TokenKind.TEXT}))
+        queries = select_queries(
+            LiveTokens.whole(layout), frozenset({TokenKind.SKIPPED}), text_only, torch.device("cpu")
+        )
         assert queries.mask.shape == (len(rows), 1, max(1, rows[0].count("t")), 3)
         assert queries.mask.any(-1).all()
 
@@ -242,7 +245,7 @@ def test_the_attention_scale_is_the_layers_own(kit, model):
         layer.self_attn.scaling = 0.1
     layout = kit.layout_of(IMAGE_IN_TEXT)
     ids = kit.ids_for(layout)
-    a, b = (kit.logits_of(model, ids, layout, plan)[text(layout)] for plan in (dense(3), vskip(3, [2])))
+    a, b = (kit.logits_of(model, ids, layout, plan)[text(layout)] for plan in (dense().bind(3), vskip([2]).bind(3)))
     torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-6)
 
 
@@ -276,7 +279,7 @@ def test_find_decoder_says_what_is_missing(kit):
 
 def test_attach_errors(kit, model):
     with pytest.raises(PlanError, match="'vskip' has 4 layers, the model has 3"):
-        attach(model, vskip(4, [0]))
+        attach(model, vskip([0]).bind(4))
     with attach(model, PLANS["vskip"]), pytest.raises(PlanError, match="'shortv': plan 'vskip' is attached"):
         attach(model, PLANS["shortv"])
     attach(model, PLANS["shortv"]).detach()

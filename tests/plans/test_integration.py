@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from skipvision_train.plans import TokenKind, attach, compose, dense, shortv, skip_ffn, vskip
 
 IMAGE_IN_TEXT = "ttrryssyttt"
-MIXED = compose([vskip(3, [1]), skip_ffn(3, evict=())])
+MIXED = compose([vskip([1]), skip_ffn(evict=())]).bind(3)
 
 
 def text(layout):
@@ -41,7 +41,7 @@ def test_transformers_hands_unknown_keywords_to_the_layers(kit, model):
 
 def test_the_wrapped_forward_has_the_stock_order_of_arguments(kit, model):
     stock = list(inspect.signature(type(model.model).forward).parameters)[1:]
-    with attach(model, vskip(3, [0])):
+    with attach(model, vskip([0]).bind(3)):
         ours = list(inspect.signature(model.model.forward).parameters)
     assert ours[: len(stock) - 1] == stock[:-1]
 
@@ -49,7 +49,7 @@ def test_the_wrapped_forward_has_the_stock_order_of_arguments(kit, model):
 # Deprecated in transformers 5.23, but the only name that 5.17 knows.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("plan", [MIXED, vskip(3, [0, 1], bypass="norm")])
+@pytest.mark.parametrize("plan", [MIXED, vskip([0, 1], bypass="norm").bind(3)])
 def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(kit, model, plan, reentrant):
     layout = kit.layout_of(IMAGE_IN_TEXT, "...ttrsrstt")
     ids = kit.ids_for(layout)
@@ -79,7 +79,7 @@ def test_no_cache_while_checkpointing(kit, model):
     layout = kit.layout_of(IMAGE_IN_TEXT)
     model.train()
     model.gradient_checkpointing_enable()
-    for plan in (skip_ffn(3), skip_ffn(3, evict_when="before_first_token")):
+    for plan in (skip_ffn().bind(3), skip_ffn(evict_when="before_first_token").bind(3)):
         with attach(model, plan):
             out = model(kit.ids_for(layout), token_layout=layout, use_cache=True, past_key_values=DynamicCache())
         assert out.past_key_values is None
@@ -88,7 +88,7 @@ def test_no_cache_while_checkpointing(kit, model):
 def test_attention_dropout_acts_in_training_only(kit):
     model = kit.make_model(attention_dropout=0.5)
     layout = kit.layout_of(IMAGE_IN_TEXT)
-    ids, plan = kit.ids_for(layout), vskip(3, [0, 1, 2])
+    ids, plan = kit.ids_for(layout), vskip([0, 1, 2]).bind(3)
     assert torch.equal(*(kit.logits_of(model, ids, layout, plan) for _ in range(2)))
     model.train()
     assert not torch.equal(*(kit.logits_of(model, ids, layout, plan) for _ in range(2)))
@@ -111,8 +111,8 @@ def test_attention_implementations_agree(kit, implementation):
     ids = kit.ids_for(layout)
     model = kit.make_model(attn_implementation=implementation)
     real = layout.kinds != TokenKind.PAD
-    got = kit.logits_of(model, ids, layout, vskip(3, [1]))[real]
-    torch.testing.assert_close(got, kit.slow_logits(model, ids, layout, vskip(3, [1]))[real], atol=2e-5, rtol=1e-4)
+    got = kit.logits_of(model, ids, layout, vskip([1]).bind(3))[real]
+    torch.testing.assert_close(got, kit.slow_logits(model, ids, layout, vskip([1]).bind(3))[real], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,10 @@ def test_other_families(kit, config_class, model_class):
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     layout = kit.layout_of("ttrrssttt", ".trsttrst")
     ids = kit.ids_for(layout)
-    stock = kit.logits_of(model, ids, layout, dense(2))
-    last = kit.logits_of(model, ids, layout, shortv(2, [1]))
+    stock = kit.logits_of(model, ids, layout, dense().bind(2))
+    last = kit.logits_of(model, ids, layout, shortv([1]).bind(2))
     torch.testing.assert_close(last[text(layout)], stock[text(layout)], atol=5e-6, rtol=1e-5)
-    assert (kit.logits_of(model, ids, layout, vskip(2, [0])) - stock)[text(layout)].abs().max() > 1e-2
+    assert (kit.logits_of(model, ids, layout, vskip([0]).bind(2)) - stock)[text(layout)].abs().max() > 1e-2
 
 
 def test_qwen2_5_vl_decoder_with_positions_in_three_dimensions(kit):
@@ -150,7 +150,7 @@ def test_qwen2_5_vl_decoder_with_positions_in_three_dimensions(kit):
     call = {"inputs_embeds": decoder.embed_tokens(kit.ids_for(layout)), "use_cache": False}
     call["position_ids"] = torch.stack([layout.position_ids, layout.position_ids // 2, layout.position_ids % 3])
     stock = decoder(**call, attention_mask=layout.attention_mask).last_hidden_state[text(layout)]
-    for plan, changes in ((shortv(2, [1]), False), (shortv(2, [0]), True)):
+    for plan, changes in ((shortv([1]).bind(2), False), (shortv([0]).bind(2), True)):
         with attach(decoder, plan):
             got = decoder(**call, token_layout=layout).last_hidden_state[text(layout)]
         assert ((got - stock).abs().max() > 1e-5) == changes

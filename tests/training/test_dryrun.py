@@ -66,7 +66,7 @@ def test_one_sample(make_cfg):
     out = describe_stage(make_cfg())
     assert "2 samples x 1 processes x 2 accumulated = 4 per step; 4 steps over 12 samples" in out
     assert "<|start_header_id|>user<|end_header_id|>" in out
-    assert "<14 visual tokens: 7 retained, 5 skipped, 2 summary>" in out
+    assert "<14 visual tokens: 3 retained, 4 middle, 2 summary, 5 skipped>" in out
     assert "[[red<|eot_id|>]]" in out
     assert "4 supervised (in [[ ]])" in out
 

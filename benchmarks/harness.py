@@ -1,0 +1,384 @@
+"""What both benchmarks share: geometries, prompts, interleaved timing, the header and the table.
+
+Only ratios are claims. Every case runs once per round, next to the dense model of the same round; every round begins
+with another case, so that neither drift of the machine nor a place in the order favours one. The ratio of a case is the
+median over the rounds of its time divided by dense's time in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaModel
+
+from skipvision_train.analysis.flops import sequence_flops
+from skipvision_train.errors import PlanError
+from skipvision_train.plans import Attachment, SkipPlan, TokenKind, TokenLayout, attach, dense
+
+HEAD_WIDTH = 128
+TEXT_BEFORE = 35
+"""Where the image starts in LLaVA-1.5's prompt."""
+
+PAPER_DEPTH = 32
+"""The depth for which the papers name layers; other depths get the same relative places."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a decoder whose heads are 128 wide.
+
+    Attributes:
+        width: hidden size.
+        ffn: hidden size of the feed-forward network.
+        layers: depth.
+        queries_per_key: query heads that share one key head; 1 without grouped-query attention.
+    """
+
+    width: int
+    ffn: int
+    layers: int
+    queries_per_key: int = 1
+
+
+GEOMETRIES = {
+    "small": Geometry(512, 1376, 8),
+    "cpu": Geometry(1024, 2752, 12),
+    "llava_1_5_7b": Geometry(4096, 11008, 32),
+    "llava_1_5_13b": Geometry(5120, 13824, 40),
+    "llama3_8b": Geometry(4096, 14336, 32, 4),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of the table.
+
+    Attributes:
+        name: how the table calls it.
+        build: the plan for a depth.
+        static: True if which tokens run what does not depend on their values.
+    """
+
+    name: str
+    build: Callable[[int], SkipPlan]
+    static: bool = True
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement: seconds, and bytes where they were measured (peak memory needs an accelerator)."""
+
+    seconds: float
+    peak_bytes: int | None = None
+    cache_bytes: int | None = None
+
+
+def common_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that both benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="cpu")
+    parser.add_argument("--layers", type=int, help="another depth than the geometry's")
+    parser.add_argument("--width", type=int, help="another width than the geometry's; the FFN scales with it")
+    parser.add_argument("--visual", type=int, nargs="+", default=[576], help="visual tokens of a row; several are run")
+    parser.add_argument("--text", type=int, default=67, help=f"text tokens of a row, {TEXT_BEFORE} before the image")
+    parser.add_argument("--retained", type=float, default=0.5, help="share of the visual tokens that Skip-FFN retains")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows; several are run")
+    parser.add_argument("--dtype", choices=DTYPES, help="fp32 on the CPU and bf16 elsewhere unless given")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument("--plans", nargs="+", help="only cases whose name contains one of these")
+    parser.add_argument("--json", type=Path, help="also write header and results to this file")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, choose the dtype, and exit with a message on sizes that cannot be."""
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
+    args.command = shlex.join(["python", *sys.argv] if argv is None else [parser.prog, *argv])
+    unit = HEAD_WIDTH * GEOMETRIES[args.geometry].queries_per_key
+    if args.width is not None and (args.width <= 0 or args.width % unit):
+        parser.error(f"--width {args.width}: {args.geometry} needs a positive multiple of {unit}")
+    if args.text <= TEXT_BEFORE:
+        parser.error(f"--text {args.text}: more than {TEXT_BEFORE} are needed, {TEXT_BEFORE} stand before the image")
+    if not 0 <= args.retained <= 1:
+        parser.error(f"--retained {args.retained}: a share from 0 to 1 is needed")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1 is needed")
+    return args
+
+
+def decoder_config(args: argparse.Namespace) -> LlamaConfig:
+    """The decoder's configuration; the vocabulary is small, its LM head is not measured."""
+    geometry = GEOMETRIES[args.geometry]
+    width = args.width or geometry.width
+    heads = width // HEAD_WIDTH
+    return LlamaConfig(  # type: ignore[call-arg]
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=geometry.ffn * width // geometry.width,
+        num_hidden_layers=args.layers or geometry.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // geometry.queries_per_key,
+        max_position_embeddings=32768,
+        attn_implementation="sdpa",
+    )
+
+
+def make_decoder(config: LlamaConfig, dtype: torch.dtype, device: str) -> LlamaModel:
+    """A LLaMA decoder with random weights, made where and in the dtype in which it runs."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaModel._from_config(config, dtype=dtype).eval()
+
+
+def make_layout(batch: int, image: Sequence[TokenKind], text: int) -> TokenLayout:
+    """Equal rows, (batch, text + image): 35 text tokens, the image's, the rest of the text. On the CPU."""
+    kinds = [TokenKind.TEXT] * TEXT_BEFORE + [*image] + [TokenKind.TEXT] * (text - TEXT_BEFORE)
+    return TokenLayout.from_kinds(torch.tensor([[int(kind) for kind in kinds]] * batch))
+
+
+def kind_counts(layout: TokenLayout) -> dict[TokenKind, float]:
+    """How many positions of the first row are of each kind."""
+    return {kind: int((layout.kinds[0] == kind).sum()) for kind in TokenKind}
+
+
+def places(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The layers of a paper's 32-layer model, at the same relative places of another depth; ascending, from 1 on."""
+    found: list[int] = []
+    for layer in layers:
+        found.append(max(round(layer * depth / PAPER_DEPTH), found[-1] + 1 if found else 1))
+    return tuple(found)
+
+
+def last_layers(share: float, depth: int) -> tuple[int, ...]:
+    """The last ``share`` of the layers. Which layers they are changes neither time nor FLOPs."""
+    return tuple(range(depth - round(share * depth), depth))
+
+
+def theoretical(config: LlamaConfig, layout: TokenLayout, plan: SkipPlan) -> float:
+    """FLOPs of one row's prefill: decoder layers only, attention as a causal kernel computes it, scores included."""
+    counts = kind_counts(layout)
+    behind = counts[TokenKind.TEXT] - TEXT_BEFORE
+    return sequence_flops(config, counts, plan, asking=behind, causal=True, text_before=TEXT_BEFORE).total
+
+
+def chosen(cases: Sequence[Case], wanted: Sequence[str] | None) -> list[Case]:
+    """The cases whose name contains one of ``wanted``; all if it is None. Exits if that leaves nothing."""
+    found = [case for case in cases if wanted is None or any(part in case.name for part in wanted)]
+    if not found:
+        names = "; ".join(case.name for case in cases)
+        raise SystemExit(f"--plans {' '.join(wanted or ())}: no such case; there are {names}")
+    return found
+
+
+def attached(model: LlamaModel, plan: SkipPlan | None) -> AbstractContextManager[Attachment | None]:
+    """The model under a plan; the stock model for None."""
+    return nullcontext() if plan is None else attach(model, plan)
+
+
+def layout_keyword(attachment: Attachment | None, layout: TokenLayout) -> dict[str, TokenLayout]:
+    """What a prefill passes besides the embeddings: the layout, if the plan changed the decoder."""
+    return {"token_layout": layout} if attachment is not None and attachment.active else {}
+
+
+class Stopwatch:
+    """Seconds between entry and exit of a ``with`` block, all work of the device included, and the peak memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds = 0.0
+        self.peak_bytes: int | None = None
+
+    def __enter__(self) -> Stopwatch:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+        self.seconds = time.perf_counter() - self._start
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Sample]], repeats: int, warmup: int
+) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+    """Run every case once per round, beginning with another case in every round.
+
+    Returns:
+        The samples of the timed rounds by case, and for the cases whose plan was refused the reason.
+    """
+    names = list(runs)
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    refused: dict[str, str] = {}
+    for number in range(warmup + repeats):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            if name in refused:
+                continue
+            try:
+                sample = runs[name]()
+            except PlanError as error:
+                refused[name] = str(error)
+                continue
+            if number >= warmup:
+                samples[name].append(sample)
+    return {name: taken for name, taken in samples.items() if name not in refused}, refused
+
+
+def compare(own: Sequence[Sample], base: Sequence[Sample], flops_ratio: float) -> dict[str, float | None]:
+    """Time ratio (median over rounds, with half its interquartile range), and the share of the saving that arrived."""
+    ratios = torch.tensor([a.seconds / b.seconds for a, b in zip(own, base, strict=True)], dtype=torch.float64)
+    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    saving = 1 - flops_ratio
+    return {
+        "ms": 1000 * median([sample.seconds for sample in own]),
+        "time_ratio": middle,
+        "spread": (high - low) / 2,
+        "flops_ratio": flops_ratio,
+        "realised": (1 - middle) / saving if abs(saving) > 1e-9 else None,
+    }
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, the mean of the middle two for an even number."""
+    return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+
+def measure(
+    cases: Sequence[Case],
+    depth: int,
+    run: Callable[[SkipPlan | None], Sample],
+    flops: Callable[[SkipPlan], float],
+    describe: Callable[[SkipPlan, Sequence[Sample]], dict[str, float | None]],
+    rounds: tuple[int, int],
+) -> list[dict[str, Any]]:
+    """Time the stock model and every case, interleaved.
+
+    Args:
+        cases: what is compared with the stock model.
+        depth: of the model.
+        run: one measurement under a plan; None is the stock model.
+        flops: what is timed, in FLOPs.
+        describe: the columns that the benchmark adds.
+        rounds: timed ones, and those before them.
+
+    Returns:
+        One object per case, the stock model first: ``case``, ``static``, ``refused`` (a reason, or None), ``ms``,
+        ``time_ratio``, ``spread``, ``flops_ratio``, ``realised`` and what ``describe`` adds.
+    """
+    stock = Case("dense", lambda depth: dense())
+    plans: dict[str, SkipPlan] = {}
+    refused: dict[str, str] = {}
+    for case in (stock, *cases):
+        try:
+            plans[case.name] = case.build(depth).bind(depth)
+        except PlanError as error:
+            refused[case.name] = str(error)
+    runs = {name: partial(run, None if name == stock.name else plan) for name, plan in plans.items()}
+    samples, refused_running = interleave(runs, *rounds)
+    refused |= refused_running
+    base, base_flops = samples[stock.name], flops(plans[stock.name])
+    rows: list[dict[str, Any]] = []
+    for case in (stock, *cases):
+        row: dict[str, Any] = {"case": case.name, "static": case.static, "refused": refused.get(case.name)}
+        if (taken := samples.get(case.name)) is not None:
+            plan = plans[case.name]
+            row |= compare(taken, base, flops(plan) / base_flops) | describe(plan, taken)
+        else:
+            row = dict.fromkeys(rows[0]) | row
+        rows.append(row)
+    return rows
+
+
+def header(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
+    """What a reader needs to know about a run: hardware, versions, commit, model, command."""
+    cuda = args.device.startswith("cuda")
+    return {
+        "command": args.command,
+        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Python "
+        + platform.python_version(),
+        "commit": _commit(),
+        "model": f"{args.geometry}: {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"FFN {config.intermediate_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} key heads",
+        "dtype": args.dtype,
+        "rounds": f"{args.repeats} timed, {args.warmup} before them",
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name and how many of its cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    """The commit of this checkout, with a mark if files differ from it."""
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return (commit + (" with changes" if git("status", "--porcelain") else "")) if commit else "unknown"
+
+
+def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a Markdown table.
+
+    Args:
+        title: the line above it.
+        columns: heading by key of a row.
+        rows: the results; a refused case shows its reason in place of numbers.
+    """
+    yield f"\n{title}\n"
+    yield "| case | " + " | ".join(columns.values()) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for row in rows:
+        cells = [_cell(key, row[key]) for key in columns]
+        if row["refused"] is not None:
+            cells = [f"refused: {row['refused']}"] + [""] * (len(columns) - 1)
+        yield f"| {row['case']} | " + " | ".join(cells) + " |"
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if key == "realised":
+        return f"{100 * value:.0f} %"
+    if key.endswith("bytes"):
+        return f"{value / 2**20:.1f}"
+    return f"{value:.1f}" if key == "ms" else f"{value:.3f}"
+
+
+def finish(args: argparse.Namespace, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write ``--json`` and print the results as the last line."""
+    if args.json is not None:
+        args.json.write_text(json.dumps({"header": head, "results": rows}, indent=2) + "\n")
+    print(json.dumps(rows))

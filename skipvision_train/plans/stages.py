@@ -1,0 +1,280 @@
+"""Which tokens are live in a stretch of layers, and which of them run what: index tensors, made once per forward.
+
+How *many* tokens live, ask or run the FFN in each row follows from the layout and is counted on the CPU
+(:class:`Census`). *Which* ones they are may follow from scores on the accelerator. So every shape is known beforehand
+and nothing here waits for a device.
+
+Shapes: B rows, T columns, W slots of the widest row of live tokens, N live tokens of all rows. Live tokens stand at the
+left of a (B, W) grid in their causal order. *Packed* means one after the other without the unused slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from skipvision_train.plans.layout import TokenLayout, is_kind
+from skipvision_train.plans.rules import Drop, Kinds, LayerRule, TokenKind
+
+
+class Census:
+    """How many tokens of which kinds are live in every document of a batch. Plain numbers on the CPU.
+
+    Args:
+        layout: the batch, on the CPU.
+
+    Attributes:
+        rows: the row of every document.
+        counts: for every document, how many live tokens there are of each set of kinds. The sets start as single kinds
+            and are joined by a drop that ranks several kinds together.
+        original: the same before any drop.
+        fixed: the kind of every document's last token, which no drop removes: the next token is predicted from it.
+    """
+
+    def __init__(self, layout: TokenLayout) -> None:
+        documents = torch.zeros_like(layout.kinds) if layout.document_ids is None else layout.document_ids
+        self.layout = layout
+        self.rows: list[int] = []
+        self.members: list[Tensor] = []
+        self.counts: list[dict[Kinds, int]] = []
+        self.fixed: list[TokenKind] = []
+        for row, (kinds, owners) in enumerate(zip(layout.kinds, documents, strict=True)):
+            for owner in owners[kinds != TokenKind.PAD].unique_consecutive():
+                own = (owners == owner) & (kinds != TokenKind.PAD)
+                self.rows.append(row)
+                self.members.append(own)
+                self.counts.append({frozenset({k}): int((kinds[own] == k).sum()) for k in TokenKind})
+                self.fixed.append(TokenKind(int(kinds[own][-1])))
+        self.original = [dict(counts) for counts in self.counts]
+
+    def live(self, kinds: Kinds | None = None) -> list[int]:
+        """Per row, the live tokens of ``kinds``; None counts all of them."""
+        totals = [0] * len(self.layout.kinds)
+        for row, counts in zip(self.rows, self.counts, strict=True):
+            totals[row] += sum(n for known, n in counts.items() if kinds is None or known <= kinds)
+        return totals
+
+    def droppable(self, document: int, kinds: Kinds, original: bool = False) -> int:
+        """How many tokens of ``kinds`` a document has that a drop may remove."""
+        counts = (self.original if original else self.counts)[document]
+        return sum(n for known, n in counts.items() if known <= kinds) - (self.fixed[document] in kinds)
+
+    def plan_drop(self, drop: Drop, asks: list[bool]) -> list[int]:
+        """How many of its droppable tokens every document keeps.
+
+        Args:
+            drop: what is to leave.
+            asks: whether a document has a token that ranks; one without keeps everything, if ranking is needed.
+        """
+        before = [self.droppable(i, drop.kinds) for i in range(len(asks))]
+        original = [self.droppable(i, drop.kinds, original=True) for i in range(len(asks))]
+        kept = [int(drop.kept(*pair)) for pair in zip(before, original, strict=True)]
+        ranked = drop.score != "none"
+        return [b if ranked and not ask else k for b, k, ask in zip(before, kept, asks, strict=True)]
+
+    def drop(self, drop: Drop, kept: list[int]) -> None:
+        """Take note of a drop; recycled tokens count among the kept."""
+        for i, counts in enumerate(self.counts):
+            before = self.droppable(i, drop.kinds)
+            for known in [known for known in counts if known <= drop.kinds]:
+                counts[known] = int(self.fixed[i] in known) if len(known) == 1 else 0
+            counts[drop.kinds] = counts.get(drop.kinds, 0) + kept[i] + drop.recycled(before - kept[i])
+
+
+def used_slots(counts: list[int]) -> Tensor:
+    """(B, Q) bool on the CPU: the first ``counts[b]`` slots of row b; Q is the largest count, at least 1."""
+    return torch.arange(max(1, *counts)) < torch.tensor(counts)[:, None]
+
+
+def pick(mask: Tensor, counts: list[int], order: Tensor | None = None) -> Tensor:
+    """(B, Q) int64: where ``mask`` (B, W) bool is True, on its device; arbitrary in unused slots.
+
+    Args:
+        mask: has ``counts[b]`` True values in row b.
+        counts: known without looking at the mask, so that nobody waits for a device.
+        order: (B, W) int64, the order in which to take them (equal ones by place); None: by place.
+    """
+    order = torch.zeros_like(mask, dtype=torch.long) if order is None else order
+    late = torch.iinfo(torch.int64).max
+    return order.masked_fill(~mask, late).argsort(dim=-1, stable=True)[:, : max(1, *counts)]
+
+
+@dataclass(frozen=True)
+class LiveTokens:
+    """The live tokens of a stretch of layers. Tensors are on the CPU until a ranked drop depends on the device.
+
+    Attributes:
+        columns: (B, W) int64, the column of every slot. Unused slots, at the right, hold any column.
+        lengths: per row, how many slots are used.
+        kinds: (B, W) int64, of the slots' columns.
+        documents: (B, W) int64, of the slots' columns; None without packing.
+        sequence: T.
+        compact: whether tokens have left: padding has too, then. False: the slots are the columns.
+    """
+
+    columns: Tensor
+    lengths: list[int]
+    kinds: Tensor
+    documents: Tensor | None
+    sequence: int
+    compact: bool
+
+    @classmethod
+    def whole(cls, layout: TokenLayout) -> LiveTokens:
+        """Everything, the layout's padding included: what the layers before any drop see."""
+        batch, length = layout.kinds.shape
+        columns = torch.arange(length, device=layout.kinds.device).expand(batch, length)
+        return cls(columns, [length] * batch, layout.kinds, layout.document_ids, length, compact=False)
+
+    def select(self, slots: Tensor, lengths: list[int]) -> LiveTokens:
+        """The tokens in ``slots`` (B, max(lengths)), in that order."""
+        return LiveTokens(
+            self.columns.gather(1, slots),
+            lengths,
+            self.kinds.gather(1, slots),
+            None if self.documents is None else self.documents.gather(1, slots),
+            self.sequence,
+            compact=True,
+        )
+
+    def to(self, device: torch.device) -> LiveTokens:
+        """A copy with its tensors on ``device``."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return replace(self, columns=self.columns.to(device), kinds=self.kinds.to(device), documents=documents)
+
+    @cached_property
+    def used(self) -> Tensor:
+        """(B, W) bool on the CPU: which slots hold a token."""
+        return used_slots(self.lengths)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """(B, W) bool: which slots hold a token that is no padding."""
+        return self.used.to(self.kinds.device) & (self.kinds != TokenKind.PAD)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """(N,) int64 on the CPU, the places of the used slots in the flat (B * W) grid."""
+        return self.used.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether all slots are used, so that the packed tokens are the flat grid."""
+        return len(self.packed) == self.used.numel()
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(B, W) int64 on the CPU, where the token of every slot stands among the packed ones; 0 in unused slots."""
+        places = torch.arange(len(self.packed))
+        return torch.zeros(self.used.numel(), dtype=torch.long).index_copy(0, self.packed, places).view_as(self.used)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(N,) int64, the flat positions ``row * T + column`` of the packed tokens."""
+        row = torch.arange(len(self.columns), device=self.columns.device)[:, None]
+        return (self.columns + row * self.sequence).flatten().index_select(0, self.packed.to(row.device))
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Who asks in a layer, and what they may see. All tensors on the model's device.
+
+    Attributes:
+        index: (M,) int64, the packed tokens that ask, ascending; None: all live tokens do.
+        slots: (M,) int64, the place of each of them in the flat (B * Q) grid of queries; None: none is unused.
+        width: Q.
+        mask: (B, 1, Q, K) bool, True where a query may attend to a key. None: causal, query i sees the slots 0 to i.
+            Unused slots see every key, so that no row of the softmax is empty.
+        grid: (B * K,) int64, the packed token of every key slot; None: the packed tokens are the slots.
+    """
+
+    index: Tensor | None
+    slots: Tensor | None
+    width: int
+    mask: Tensor | None
+    grid: Tensor | None
+
+
+def select_queries(
+    live: LiveTokens, silent: Kinds, counts: list[int], device: torch.device, visible: Tensor | None = None
+) -> Queries:
+    """Who asks if ``silent`` kinds and padding do not, and what each may see.
+
+    The mask is built from the asking positions; no (W, W) mask exists on the way.
+
+    Args:
+        live: the live tokens.
+        silent: the kinds that issue no query.
+        counts: per row, how many tokens ask.
+        device: where the tensors are wanted.
+        visible: (B, T, K) bool, what each column may see, if that is not "all earlier real tokens of its document and
+            itself": a step onto a filled cache. For a whole sequence only.
+    """
+    grid = None if live.is_full else live.place.flatten().to(device)
+    everybody = live.compact and counts == live.lengths
+    if everybody and live.documents is None:
+        return Queries(None, None if live.is_full else live.packed.to(device), live.used.shape[1], None, grid)
+    asks = live.real & ~is_kind(live.kinds, silent)
+    slots, used = pick(asks, counts), used_slots(counts).to(asks.device)
+    if visible is not None:
+        mask = visible.to(asks.device).gather(1, slots[..., None].expand(-1, -1, visible.shape[-1]))
+    else:
+        mask = torch.arange(asks.shape[1], device=asks.device) <= slots[..., None]
+        mask = mask & live.real[:, None, :]
+        if live.documents is not None:
+            mask &= live.documents.gather(1, slots)[:, :, None] == live.documents[:, None, :]
+    mask = (mask | ~used[..., None])[:, None].to(device)
+    flat = used_slots(counts).flatten().nonzero()[:, 0]
+    index = live.place.to(slots.device).gather(1, slots).flatten().index_select(0, flat.to(slots.device)).to(device)
+    is_full = len(flat) == used.numel()
+    return Queries(index, None if is_full else flat.to(device), used.shape[1], mask, grid)
+
+
+def packed_index(live: LiveTokens, mask: Tensor, counts: list[int], device: torch.device) -> Tensor:
+    """(M,) int64 on ``device``: the packed places of the slots where ``mask`` (B, W) bool is True, ``counts`` a row."""
+    slots = pick(mask, counts)
+    flat = used_slots(counts).flatten().nonzero()[:, 0].to(slots.device)
+    return live.place.to(slots.device).gather(1, slots).flatten().index_select(0, flat).to(device)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer does with the live tokens; shared by all layers of a stretch with the same rule.
+
+    Attributes:
+        rows: (N,) int64, the flat positions of the live tokens in the batch; None: all of them, as they stand.
+        queries: who asks; None: everybody, as the stock layer computes it.
+        silent: (M,) int64, the packed tokens that get the ``norm`` bypass; None: nothing is added.
+        ffn: (M,) int64, the packed tokens that run the FFN; None: all of them.
+        rotary: cos and sin, (N, D) each, of the packed tokens; None where ``queries`` is.
+    """
+
+    rows: Tensor | None
+    queries: Queries | None
+    silent: Tensor | None
+    ffn: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+def layer_work(
+    live: LiveTokens, census: Census, rule: LayerRule, device: torch.device, visible: Tensor | None = None
+) -> LayerWork | None:
+    """The index tensors of one rule; None where the stock layer does just that."""
+    tokens = census.live()
+    silent, idle = census.live(rule.no_attention), census.live(rule.no_ffn)
+    if not live.compact and not any(silent) and not any(idle):
+        return None
+    queries = bypassed = ffn = None
+    if any(silent) or live.compact:
+        asking = [total - off for total, off in zip(tokens, silent, strict=True)]
+        queries = select_queries(live, rule.no_attention, asking, device, visible)
+    if any(silent) and rule.bypass == "norm":
+        bypassed = packed_index(live, live.real & is_kind(live.kinds, rule.no_attention), silent, device)
+    if any(idle):
+        active = [total - off for total, off in zip(tokens, idle, strict=True)]
+        ffn = packed_index(live, live.real & ~is_kind(live.kinds, rule.no_ffn), active, device)
+    rows = live.rows.to(device) if live.compact else None
+    return LayerWork(rows, queries, bypassed, ffn)

@@ -1,0 +1,175 @@
+"""The benchmark scripts, end to end in a tiny geometry: what they print, not how long it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from skipvision_train.errors import PlanError
+from skipvision_train.plans import vskip
+
+TINY = ["--geometry", "small", "--layers", "4", "--width", "128", "--text", "40", "--device", "cpu", "--dtype", "fp32"]
+WIDTH, FFN, TEXT, DEPTH = 128, 344, 40, 4
+
+
+@pytest.fixture(scope="module")
+def scripts(pytestconfig: pytest.Config) -> Iterator[SimpleNamespace]:
+    """The modules of ``benchmarks/``, imported as the scripts import each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+        import decode
+        import harness
+        import prefill
+
+        yield SimpleNamespace(decode=decode, prefill=prefill, harness=harness)
+
+
+def run(script: ModuleType, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[list[str], list[dict]]:
+    """The lines before the last, and the results that the last line holds."""
+    script.main([*TINY, "--repeats", "2", *options])
+    *lines, last = capsys.readouterr().out.splitlines()
+    return lines, json.loads(last)
+
+
+def cells(lines: list[str], case: str) -> list[list[str]]:
+    """The cells of every table line of a case, its name first."""
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in split if row[0] == case]
+
+
+def layer_flops(visual: int, queries: int, pairs: float, ffn_rows: int) -> float:
+    """One layer of the tiny model: Q and O of ``queries``, K and V of all, attention of ``pairs``, FFN of its rows."""
+    return 4 * (visual + TEXT) * WIDTH**2 + 4 * queries * WIDTH**2 + 4 * pairs * WIDTH + 6 * ffn_rows * WIDTH * FFN
+
+
+def test_prefill_prints_a_table_per_setting_and_ends_with_json(scripts, capsys, tmp_path):
+    file = tmp_path / "results.json"
+    lines, results = run(scripts.prefill, capsys, "--visual", "12", "20", "--batch", "1", "2", "--json", str(file))
+    names = ["dense", *(case.name for case in scripts.prefill.CASES)]
+    settings = [(12, 1), (12, 2), (20, 1), (20, 2)]
+    assert [(r["visual"], r["batch"], r["case"]) for r in results] == [(*s, name) for s in settings for name in names]
+    assert [len(cells(lines, name)) for name in names] == [4] * len(names)
+    written = json.loads(file.read_text())
+    assert written["results"] == results
+    for field in ("command", "hardware", "threads", "versions", "commit", "model", "dtype", "rounds"):
+        assert f"{field}: {written['header'][field]}" in lines
+    for row in (r for r in results if r["refused"] is None):
+        assert row["ms"] > 0
+        if row["flops_ratio"] == 1:
+            assert row["realised"] is None
+        else:
+            assert row["realised"] == pytest.approx((1 - row["time_ratio"]) / (1 - row["flops_ratio"]))
+    refused = {r["case"] for r in results if r["refused"] is not None}
+    assert not refused
+
+
+def test_prefill_counts_flops_as_a_causal_kernel_computes_them(scripts, capsys):
+    lines, results = run(scripts.prefill, capsys, "--visual", "12", "--plans", "vskip", "ffn", "shortv", "vtw", "att")
+    ratio = {row["case"]: row["flops_ratio"] for row in results}
+    total = TEXT + 12
+    everything = layer_flops(12, total, total * (total + 1) / 2, total)
+    text_pairs = 35 * 36 / 2 + sum(range(48, 53))  # 35 text tokens, 12 visual ones that do not ask, 5 text tokens
+    quiet = layer_flops(12, TEXT, text_pairs, total)
+    no_ffn = layer_flops(12, total, total * (total + 1) / 2, TEXT)
+    half_ffn = layer_flops(12, total, total * (total + 1) / 2, TEXT + 6)
+    text_only = layer_flops(0, TEXT, TEXT * (TEXT + 1) / 2, TEXT)
+    assert ratio["dense, attached"] == 1
+    assert ratio["vskip 1/2, zero"] == pytest.approx((2 * everything + 2 * quiet) / (4 * everything))
+    assert ratio["vskip 19/32, norm"] == pytest.approx((2 * everything + 2 * quiet) / (4 * everything))
+    assert ratio["ffn_skip 19/32"] == pytest.approx((2 * everything + 2 * no_ffn) / (4 * everything))
+    assert ratio["skip_ffn"] == pytest.approx(half_ffn / everything)
+    assert ratio["vtw"] == pytest.approx((2 * everything + 2 * text_only) / (4 * everything))
+    assert cells(lines, "vtw")[0][4] == f"{ratio['vtw']:.3f}"
+
+
+def test_a_refused_plan_is_a_line_of_the_table(scripts, capsys, monkeypatch):
+    harness = scripts.harness
+    impossible = harness.Case("too deep", lambda depth: vskip([depth]))
+    monkeypatch.setattr(scripts.prefill, "CASES", (impossible, *scripts.prefill.CASES[:1]))
+    lines, results = run(scripts.prefill, capsys, "--visual", "12")
+    reason = "vskip: layers [4] do not exist; the model has layers 0 to 3"
+    assert [row["refused"] for row in results] == [None, reason, None]
+    assert results[1].keys() == results[0].keys()
+    assert results[1]["time_ratio"] is None
+    assert cells(lines, "too deep")[0][1] == f"refused: {reason}"
+
+
+def test_decode_measures_the_cache_against_what_it_should_be(scripts, capsys):
+    lines, results = run(scripts.decode, capsys, "--visual", "12", "--steps", "2", "--batch", "1", "2")
+    names = ["dense", *(case.name for case in scripts.decode.CASES)]
+    assert [row["case"] for row in results] == names * 2
+    prompt = TEXT + 12 + 2  # of the 12, 3 are retained, 3 middle and 6 skipped; 2 summary tokens stand among them
+    held = {
+        "dense": prompt,
+        "skip_ffn, nothing evicted": prompt,
+        "skip_ffn, small evicted": prompt - 6,
+        "skip_ffn, middle + small evicted": prompt - 9,
+        "skip_ffn, all but summary evicted": prompt - 12,
+        "vtw": prompt - 12 / 2,
+        "fastv": prompt - 6 * 3 / 4,
+    }
+    for row in results:
+        assert row["refused"] is None
+        token = 2 * DEPTH * WIDTH * 4 * row["batch"]
+        assert row["cache_bytes"] == row["expected_bytes"] == held[row["case"]] * token
+        assert row["cache_ratio"] == pytest.approx(held[row["case"]] / prompt)
+    assert [row[-1] for row in cells(lines, "skip_ffn, small evicted")] == ["0.889"] * 2
+
+
+def test_every_round_begins_with_another_case_and_warm_up_is_not_measured(scripts):
+    harness, order = scripts.harness, []
+
+    def step(name: str) -> object:
+        order.append(name)
+        if name == "b" and order.count("b") == 2:
+            raise PlanError("no more")
+        return harness.Sample(float(len(order)))
+
+    runs = {name: (lambda name=name: step(name)) for name in "abc"}
+    samples, refused = harness.interleave(runs, repeats=2, warmup=1)
+    assert "".join(order) == "abc" + "bca" + "ca"
+    assert refused == {"b": "no more"}
+    assert {name: [s.seconds for s in taken] for name, taken in samples.items()} == {"a": [6, 8], "c": [5, 7]}
+
+
+def test_ratios_are_taken_round_by_round(scripts):
+    sample = scripts.harness.Sample
+    base = [sample(s) for s in (1.0, 2.0, 4.0, 1.0, 1.0)]
+    own = [sample(s) for s in (0.5, 1.2, 2.8, 0.8, 0.9)]
+    found = scripts.harness.compare(own, base, flops_ratio=0.4)
+    assert found["time_ratio"] == pytest.approx(0.7)
+    assert found["spread"] == pytest.approx(0.1)
+    assert found["realised"] == pytest.approx(0.5)
+    assert found["ms"] == pytest.approx(900)
+    assert scripts.harness.compare(own, base, flops_ratio=1.0)["realised"] is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "expected"),
+    [((8, 16, 24), 32, (8, 16, 24)), ((8, 16, 24), 12, (3, 6, 9)), ((2, 6, 15), 4, (1, 2, 3)), ((3,), 40, (4,))],
+)
+def test_places_keep_the_papers_proportions(scripts, layers, depth, expected):
+    assert scripts.harness.places(layers, depth) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--width", "100"], "needs a positive multiple of 128"),
+        (["--text", "35"], "more than 35 are needed"),
+        (["--retained", "1.5"], "a share from 0 to 1"),
+        (["--repeats", "0"], "at least 1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(scripts, capsys, options, complaint):
+    with pytest.raises(SystemExit):
+        scripts.prefill.main([*TINY, *options])
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_filter_that_matches_nothing_names_the_cases(scripts):
+    with pytest.raises(SystemExit, match=r"--plans vskipp: no such case; there are dense, attached; vskip 1/2, zero"):
+        scripts.prefill.main([*TINY, "--plans", "vskipp"])
