@@ -21,12 +21,11 @@ from harness import (
     Case,
     Sample,
     Stopwatch,
+    Timing,
     attached,
     chosen,
     common_parser,
     decoder_config,
-    finish,
-    header,
     kind_counts,
     layout_keyword,
     make_decoder,
@@ -35,8 +34,9 @@ from harness import (
     median,
     parse,
     places,
-    table,
+    timing_of,
 )
+from output import finish, header, table
 from transformers import DynamicCache, LlamaModel
 
 from skipvision_train.analysis.flops import decode_flops, kv_cache_bytes
@@ -86,21 +86,26 @@ def make_image(visual: int, retained: float, middle: float, summary: int) -> lis
 
 @torch.inference_mode()
 def decode(
-    model: LlamaModel, embeds: torch.Tensor, layout: TokenLayout, tokens: torch.Tensor, plan: SkipPlan | None
+    model: LlamaModel,
+    embeds: torch.Tensor,
+    layout: TokenLayout,
+    tokens: torch.Tensor,
+    plan: SkipPlan | None,
+    timing: Timing,
 ) -> Sample:
     """Prefill ``embeds`` (B, T, C) under ``plan``, then feed ``tokens`` (steps, B, 1) one by one; seconds per step."""
-    with attached(model, plan) as attachment:
+    with attached(model, plan, timing.backend) as attachment:
         cache = DynamicCache(config=model.config)
         model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **layout_keyword(attachment, layout))
         held = bytes_held(cache)
-        with Stopwatch(embeds.device) as watch:
+        with Stopwatch(embeds.device, timing.clock) as watch:
             for step in tokens:
                 model(input_ids=step, past_key_values=cache, use_cache=True)
     return Sample(watch.seconds / len(tokens), watch.peak_bytes, held)
 
 
 def measure_setting(
-    model: LlamaModel, cases: Sequence[Case], layout: TokenLayout, steps: int, rounds: tuple[int, int]
+    model: LlamaModel, cases: Sequence[Case], layout: TokenLayout, steps: int, timing: Timing
 ) -> list[dict[str, Any]]:
     """All cases at one layout."""
     config, batch = model.config, layout.kinds.shape[0]
@@ -109,7 +114,7 @@ def measure_setting(
     tokens = torch.randint(config.vocab_size, (steps, batch, 1), device=model.device)
 
     def run(plan: SkipPlan | None) -> Sample:
-        return decode(model, embeds, layout, tokens, plan)
+        return decode(model, embeds, layout, tokens, plan, timing)
 
     def flops(plan: SkipPlan) -> float:
         return sum(decode_flops(config, counts, plan, step).total for step in range(1, steps + 1)) / steps
@@ -121,7 +126,7 @@ def measure_setting(
             "cache_ratio": None,
         }
 
-    rows = measure(cases, config.num_hidden_layers, run, flops, describe, rounds)
+    rows = measure(cases, config.num_hidden_layers, run, flops, describe, timing)
     for row in rows:
         if row["refused"] is None:
             row["cache_ratio"] = row["cache_bytes"] / rows[0]["cache_bytes"]
@@ -146,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image = make_image(visual, args.retained, args.middle, args.summary)
         for batch in args.batch:
             layout = make_layout(batch, image, args.text)
-            rows = measure_setting(model, cases, layout, args.steps, (args.repeats, args.warmup))
+            rows = measure_setting(model, cases, layout, args.steps, timing_of(args))
             title = f"Decoding, batch {batch}, {args.steps} steps after {layout.kinds.shape[1]} tokens, {visual} visual"
             print("\n".join(table(title, COLUMNS, rows)), flush=True)
             results += [{**row, "geometry": args.geometry, "visual": visual, "batch": batch} for row in rows]

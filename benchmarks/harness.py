@@ -1,4 +1,4 @@
-"""What both benchmarks share: geometries, prompts, interleaved timing, the header and the table.
+"""What both benchmarks share: options, geometries, prompts, and interleaved timing.
 
 Only ratios are claims. Every case runs once per round, next to the dense model of the same round; every round begins
 with another case, so that neither drift of the machine nor a place in the order favours one. The ratio of a case is the
@@ -8,14 +8,10 @@ median over the rounds of its time divided by dense's time in the same round.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaModel
 
 from skipvision_train.analysis.flops import sequence_flops
 from skipvision_train.errors import PlanError
 from skipvision_train.plans import Attachment, SkipPlan, TokenKind, TokenLayout, attach, dense
+from skipvision_train.plans.backends import BACKENDS
 
 HEAD_WIDTH = 128
 TEXT_BEFORE = 35
@@ -38,6 +34,8 @@ PAPER_DEPTH = 32
 """The depth for which the papers name layers; other depths get the same relative places."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,23 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How a case is run and timed.
+
+    Attributes:
+        repeats: timed rounds.
+        warmup: rounds before them.
+        clock: one of ``CLOCKS``.
+        backend: what computes attention in layers that a plan changes.
+    """
+
+    repeats: int = 1
+    warmup: int = 0
+    clock: str = "wall"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
 class Sample:
     """One measurement: seconds, and bytes where they were measured (peak memory needs an accelerator)."""
 
@@ -104,6 +119,13 @@ def common_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds that the processor spent on this process, for a machine that others use, too; one thread",
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="attention in layers that a plan changes")
     parser.add_argument("--plans", nargs="+", help="only cases whose name contains one of these")
     parser.add_argument("--json", type=Path, help="also write header and results to this file")
     return parser
@@ -123,7 +145,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         parser.error(f"--retained {args.retained}: a share from 0 to 1 is needed")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1 is needed")
+    if args.clock == "cpu" and (args.device != "cpu" or torch.get_num_threads() > 1):
+        parser.error("--clock cpu: sees one thread of the processor; run with --device cpu and OMP_NUM_THREADS=1")
     return args
+
+
+def timing_of(args: argparse.Namespace) -> Timing:
+    """What the options say on timing."""
+    return Timing(args.repeats, args.warmup, args.clock, args.backend)
 
 
 def decoder_config(args: argparse.Namespace) -> LlamaConfig:
@@ -190,9 +219,9 @@ def chosen(cases: Sequence[Case], wanted: Sequence[str] | None) -> list[Case]:
     return found
 
 
-def attached(model: LlamaModel, plan: SkipPlan | None) -> AbstractContextManager[Attachment | None]:
-    """The model under a plan; the stock model for None."""
-    return nullcontext() if plan is None else attach(model, plan)
+def attached(model: LlamaModel, plan: SkipPlan | None, backend: str) -> AbstractContextManager[Attachment | None]:
+    """The model under a plan, its attention computed by ``backend``; the stock model for None."""
+    return nullcontext() if plan is None else attach(model, plan, backend=backend)
 
 
 def layout_keyword(attachment: Attachment | None, layout: TokenLayout) -> dict[str, TokenLayout]:
@@ -203,23 +232,24 @@ def layout_keyword(attachment: Attachment | None, layout: TokenLayout) -> dict[s
 class Stopwatch:
     """Seconds between entry and exit of a ``with`` block, all work of the device included, and the peak memory."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, clock: str) -> None:
+        self.clock = CLOCKS[clock]
+        self.device = device
         self.seconds = 0.0
         self.peak_bytes: int | None = None
 
     def __enter__(self) -> Stopwatch:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        self._start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.synchronize(self.device)
+        self._start = self.clock()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.peak_bytes = torch.cuda.max_memory_allocated()
-        self.seconds = time.perf_counter() - self._start
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        self.seconds = self.clock() - self._start
 
 
 def interleave(
@@ -273,7 +303,7 @@ def measure(
     run: Callable[[SkipPlan | None], Sample],
     flops: Callable[[SkipPlan], float],
     describe: Callable[[SkipPlan, Sequence[Sample]], dict[str, float | None]],
-    rounds: tuple[int, int],
+    timing: Timing,
 ) -> list[dict[str, Any]]:
     """Time the stock model and every case, interleaved.
 
@@ -283,7 +313,7 @@ def measure(
         run: one measurement under a plan; None is the stock model.
         flops: what is timed, in FLOPs.
         describe: the columns that the benchmark adds.
-        rounds: timed ones, and those before them.
+        timing: how many rounds.
 
     Returns:
         One object per case, the stock model first: ``case``, ``static``, ``refused`` (a reason, or None), ``ms``,
@@ -298,7 +328,7 @@ def measure(
         except PlanError as error:
             refused[case.name] = str(error)
     runs = {name: partial(run, None if name == stock.name else plan) for name, plan in plans.items()}
-    samples, refused_running = interleave(runs, *rounds)
+    samples, refused_running = interleave(runs, timing.repeats, timing.warmup)
     refused |= refused_running
     base, base_flops = samples[stock.name], flops(plans[stock.name])
     rows: list[dict[str, Any]] = []
@@ -311,74 +341,3 @@ def measure(
             row = dict.fromkeys(rows[0]) | row
         rows.append(row)
     return rows
-
-
-def header(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
-    """What a reader needs to know about a run: hardware, versions, commit, model, command."""
-    cuda = args.device.startswith("cuda")
-    return {
-        "command": args.command,
-        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Python "
-        + platform.python_version(),
-        "commit": _commit(),
-        "model": f"{args.geometry}: {config.num_hidden_layers} layers, width {config.hidden_size}, "
-        f"FFN {config.intermediate_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} key heads",
-        "dtype": args.dtype,
-        "rounds": f"{args.repeats} timed, {args.warmup} before them",
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's name and how many of its cores this process may use."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    """The commit of this checkout, with a mark if files differ from it."""
-
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return found.stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    return (commit + (" with changes" if git("status", "--porcelain") else "")) if commit else "unknown"
-
-
-def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of a Markdown table.
-
-    Args:
-        title: the line above it.
-        columns: heading by key of a row.
-        rows: the results; a refused case shows its reason in place of numbers.
-    """
-    yield f"\n{title}\n"
-    yield "| case | " + " | ".join(columns.values()) + " |"
-    yield "|---|" + "---|" * len(columns)
-    for row in rows:
-        cells = [_cell(key, row[key]) for key in columns]
-        if row["refused"] is not None:
-            cells = [f"refused: {row['refused']}"] + [""] * (len(columns) - 1)
-        yield f"| {row['case']} | " + " | ".join(cells) + " |"
-
-
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if key == "realised":
-        return f"{100 * value:.0f} %"
-    if key.endswith("bytes"):
-        return f"{value / 2**20:.1f}"
-    return f"{value:.1f}" if key == "ms" else f"{value:.3f}"
-
-
-def finish(args: argparse.Namespace, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write ``--json`` and print the results as the last line."""
-    if args.json is not None:
-        args.json.write_text(json.dumps({"header": head, "results": rows}, indent=2) + "\n")
-    print(json.dumps(rows))

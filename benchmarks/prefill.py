@@ -20,12 +20,11 @@ from harness import (
     Case,
     Sample,
     Stopwatch,
+    Timing,
     attached,
     chosen,
     common_parser,
     decoder_config,
-    finish,
-    header,
     last_layers,
     layout_keyword,
     make_decoder,
@@ -33,9 +32,10 @@ from harness import (
     measure,
     parse,
     places,
-    table,
     theoretical,
+    timing_of,
 )
+from output import finish, header, table
 from transformers import DynamicCache, LlamaModel
 
 from skipvision_train.plans import (
@@ -102,24 +102,26 @@ CASES = (
 
 
 @torch.inference_mode()
-def prefill(model: LlamaModel, embeds: torch.Tensor, layout: TokenLayout, plan: SkipPlan | None) -> Sample:
+def prefill(
+    model: LlamaModel, embeds: torch.Tensor, layout: TokenLayout, plan: SkipPlan | None, timing: Timing
+) -> Sample:
     """One prefill of ``embeds`` (B, T, C) into a fresh cache; the stock model if ``plan`` is None."""
-    with attached(model, plan) as attachment:
+    with attached(model, plan, timing.backend) as attachment:
         keyword = layout_keyword(attachment, layout)
         cache = DynamicCache(config=model.config)
-        with Stopwatch(embeds.device) as watch:
+        with Stopwatch(embeds.device, timing.clock) as watch:
             model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **keyword)
     return Sample(watch.seconds, watch.peak_bytes)
 
 
 def measure_setting(
-    model: LlamaModel, cases: Sequence[Case], layout: TokenLayout, rounds: tuple[int, int]
+    model: LlamaModel, cases: Sequence[Case], layout: TokenLayout, timing: Timing
 ) -> list[dict[str, Any]]:
     """All cases at one layout."""
     embeds = torch.randn(*layout.kinds.shape, model.config.hidden_size, device=model.device, dtype=model.dtype)
 
     def run(plan: SkipPlan | None) -> Sample:
-        return prefill(model, embeds, layout, plan)
+        return prefill(model, embeds, layout, plan, timing)
 
     def flops(plan: SkipPlan) -> float:
         return theoretical(model.config, layout, plan)
@@ -128,7 +130,7 @@ def measure_setting(
         peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
         return {"peak_bytes": max(peaks, default=None)}
 
-    return measure(cases, model.config.num_hidden_layers, run, flops, describe, rounds)
+    return measure(cases, model.config.num_hidden_layers, run, flops, describe, timing)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image = [TokenKind.RETAINED] * retained + [TokenKind.SKIPPED] * (visual - retained)
         for batch in args.batch:
             layout = make_layout(batch, image, args.text)
-            rows = measure_setting(model, cases, layout, (args.repeats, args.warmup))
+            rows = measure_setting(model, cases, layout, timing_of(args))
             title = f"Prefill, batch {batch}: {args.text} text and {visual} visual tokens ({retained} retained)"
             print("\n".join(table(title, COLUMNS, rows)), flush=True)
             results += [{**row, "geometry": args.geometry, "visual": visual, "batch": batch} for row in rows]

@@ -18,7 +18,7 @@ _EXPORTS = {
     "apply": "skipvision_train.adapters",
     "attach": "skipvision_train.plans",
 }
-_MODULES = ("plans",)
+_MODULES = ("plans",)  # skipvision_train.plans.vskip(...) after "import skipvision_train" alone
 
 __all__ = [
     "SkipPlan",
@@ -28,7 +28,6 @@ __all__ = [
     "TokenKind",
     "apply",
     "attach",
-    "plans",
 ]
 
 

@@ -54,7 +54,7 @@ def test_prefill_prints_a_table_per_setting_and_ends_with_json(scripts, capsys, 
     assert [len(cells(lines, name)) for name in names] == [4] * len(names)
     written = json.loads(file.read_text())
     assert written["results"] == results
-    for field in ("command", "hardware", "threads", "versions", "commit", "model", "dtype", "rounds"):
+    for field in ("command", "hardware", "threads", "versions", "commit", "model", "dtype", "attention", "rounds"):
         assert f"{field}: {written['header'][field]}" in lines
     for row in (r for r in results if r["refused"] is None):
         assert row["ms"] > 0
@@ -98,7 +98,9 @@ def test_a_refused_plan_is_a_line_of_the_table(scripts, capsys, monkeypatch):
 
 
 def test_decode_measures_the_cache_against_what_it_should_be(scripts, capsys):
-    lines, results = run(scripts.decode, capsys, "--visual", "12", "--steps", "2", "--batch", "1", "2")
+    lines, results = run(
+        scripts.decode, capsys, "--visual", "12", "--steps", "2", "--batch", "1", "2", "--clock", "cpu"
+    )
     names = ["dense", *(case.name for case in scripts.decode.CASES)]
     assert [row["case"] for row in results] == names * 2
     prompt = TEXT + 12 + 2  # of the 12, 3 are retained, 3 middle and 6 skipped; 2 summary tokens stand among them
@@ -162,6 +164,7 @@ def test_places_keep_the_papers_proportions(scripts, layers, depth, expected):
         (["--text", "35"], "more than 35 are needed"),
         (["--retained", "1.5"], "a share from 0 to 1"),
         (["--repeats", "0"], "at least 1"),
+        (["--clock", "cpu", "--device", "cuda"], "sees one thread of the processor"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(scripts, capsys, options, complaint):

@@ -57,6 +57,7 @@ def apply(
     image_token_id: int | Sequence[int] | None = None,
     register_token_id: int | None = None,
     text_only: bool = False,
+    backend: str = "auto",
 ) -> AppliedPlan:
     """Run ``plan`` in every forward, training step and ``generate`` of ``model`` from now on.
 
@@ -77,6 +78,7 @@ def apply(
             the model's configuration.
         register_token_id: the token of learned registers (Victor), kind ``SUMMARY``: ordinary tokens of the prompt.
         text_only: with an ``image_token_id`` of the caller, batches without any image are meant, too.
+        backend: what computes attention where the plan leaves something out, as in ``attach``.
 
     Raises:
         PlanError: the plan does not fit the model, or the token ids do not; forwards raise it where a call does not.
@@ -84,10 +86,12 @@ def apply(
     decoder = find_decoder(model)
     outer = _outermost(model, decoder)
     if isinstance(outer, SkipVisionForConditionalGeneration):
+        if backend != "auto":
+            raise PlanError(f"backend: {type(outer).__name__} chooses its own; leave backend={backend!r} out")
         return _replace_plan(outer, plan, image_token_id, register_token_id)
     bound = plan.bind(len(decoder.layers))
     with ExitStack() as undo:
-        attachment = undo.enter_context(attach(model, bound))
+        attachment = undo.enter_context(attach(model, bound, backend))
         if attachment.active:
             reader = PromptReader(
                 image_ids=_image_ids(outer, decoder, image_token_id),
@@ -113,7 +117,6 @@ class _Hooks:
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the layout of a forward that holds more than text generated so far."""
         call = _by_name(model, args, kwargs)
-        self._layout = None
         self._layout = self._reader.layout(call, _is_filled(call))
 
     def before_decoder(

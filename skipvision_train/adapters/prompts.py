@@ -14,8 +14,8 @@ from torch import Tensor
 
 from skipvision_train.errors import PlanError
 from skipvision_train.plans import TokenKind, TokenLayout
+from skipvision_train.plans.layout import answer_starts
 
-IGNORE_INDEX = -100
 PIXELS = ("pixel_values", "pixel_values_videos")
 ENCODED = "mm_encoder_outputs"
 """transformers' ``generate`` may encode images before the prefill; it passes ``{"image": ..., "video": ...}`` on."""
@@ -104,19 +104,6 @@ class PromptReader:
                 f"image_token_id: input_ids nowhere hold {ids}; check image_token_id, or pass text_only=True if "
                 "batches without images are meant"
             )
-
-
-def answer_starts(labels: Tensor) -> Tensor:
-    """(B, T) bool: the positions just before an answer, whose hidden state predicts the answer's first token.
-
-    Args:
-        labels: (B, T) int64, -100 where nothing is supervised. An answer is a run of supervised positions; one that
-            begins at column 0 has no position before it.
-    """
-    supervised = labels != IGNORE_INDEX
-    starts = torch.zeros_like(supervised)
-    starts[:, :-1] = supervised[:, 1:] & ~supervised[:, :-1]
-    return starts
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

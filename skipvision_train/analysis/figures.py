@@ -6,8 +6,9 @@ common colour deficiencies; marker and hatch differ too. Sizes suit a phone: 5.6
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -40,10 +41,21 @@ class Theme:
     series: tuple[str, ...]
 
 
-LIGHT = Theme("#ffffff", "#1f2328", "#d9dde2", ("#0072b2", "#d55e00", "#8a8f98", "#009e73", "#cc79a7"))
-DARK = Theme("#161b22", "#e6edf3", "#343b45", ("#56b4e9", "#e69f00", "#9aa3ad", "#2bbf94", "#e19cc4"))
-_MARKERS = ("o", "s", "D", "^", "v")
-_HATCHES = ("", "//", "..", "xx", "\\\\")
+LIGHT = Theme(
+    "#ffffff",
+    "#1f2328",
+    "#d9dde2",
+    ("#0072b2", "#d55e00", "#8a8f98", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b3a8c"),
+)
+DARK = Theme(
+    "#161b22",
+    "#e6edf3",
+    "#343b45",
+    ("#56b4e9", "#e69f00", "#9aa3ad", "#2bbf94", "#e19cc4", "#f0e442", "#f0805a", "#b39ddb"),
+)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "p")
+"""One more than there are colours: series beyond the last colour still differ."""
+HATCHES = ("", "//", "..", "xx", "\\\\")
 
 
 def to_png(figure: Figure, dpi: int = 160) -> bytes:
@@ -54,9 +66,40 @@ def to_png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def _axes(theme: Theme, height: float, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.background)
+def data_uri(content: bytes, media_type: str) -> str:
+    """The content as a ``data:`` URI."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def embed(alt: str, draw: Callable[..., Figure], *data: Any, **options: Any) -> dict[str, str]:
+    """A figure for a page: ``alt`` text, and ``light`` and ``dark`` as PNG data URIs.
+
+    Args:
+        alt: what the picture shows, for who cannot see it.
+        draw: a function of this package's figure modules.
+        *data: its data.
+        **options: further arguments of ``draw``, without the theme.
+    """
+    themes = {"light": LIGHT, "dark": DARK}
+    uris = {name: data_uri(to_png(draw(*data, theme=theme, **options)), "image/png") for name, theme in themes.items()}
+    return {"alt": alt, **uris}
+
+
+def new_figure(theme: Theme, height: float) -> Figure:
+    """An empty figure of the common width and ``height`` inches, laid out so that nothing overlaps."""
+    return Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.background)
+
+
+def new_axes(theme: Theme, height: float, title: str) -> tuple[Figure, Axes]:
+    """A figure of ``height`` inches with a single plot."""
+    figure = new_figure(theme, height)
     axes = figure.add_subplot()
+    style_axes(axes, theme, title)
+    return figure, axes
+
+
+def style_axes(axes: Axes, theme: Theme, title: str = "") -> None:
+    """Give a plot the look of the report."""
     axes.set_facecolor(theme.background)
     axes.set_title(title, loc="left", fontsize=11, color=theme.text)
     axes.tick_params(colors=theme.text, labelsize=10, which="both")
@@ -65,10 +108,10 @@ def _axes(theme: Theme, height: float, title: str) -> tuple[Figure, Axes]:
     for side, spine in axes.spines.items():
         spine.set_color(theme.grid)
         spine.set_visible(side in ("left", "bottom"))
-    return figure, axes
 
 
-def _labels(axes: Axes, theme: Theme, x: str, y: str) -> None:
+def label_axes(axes: Axes, theme: Theme, x: str, y: str) -> None:
+    """Name both axes."""
     axes.set_xlabel(x, color=theme.text, fontsize=10)
     axes.set_ylabel(y, color=theme.text, fontsize=10)
 
@@ -92,14 +135,14 @@ def loss_curves(rows: Mapping[str, Sequence[Mapping[str, Any]]], theme: Theme = 
         theme: appearance.
         title: above the axes.
     """
-    figure, axes = _axes(theme, 3.2, title or "Training loss")
+    figure, axes = new_axes(theme, 3.2, title or "Training loss")
     for i, (name, entries) in enumerate(rows.items()):
         points = [(row["step"], row["loss"]) for row in entries if "step" in row and "loss" in row]
         steps, losses = [p[0] for p in points], [p[1] for p in points]
         colour = theme.series[i % len(theme.series)]
         axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(steps, smooth(losses), color=colour, linewidth=1.8, label=name)
-    _labels(axes, theme, "step", "cross entropy (nats per token)")
+    label_axes(axes, theme, "step", "cross entropy (nats per token)")
     axes.set_ylim(bottom=0)
     if len(rows) > 1:
         _legend(axes, theme)
@@ -117,21 +160,21 @@ def vig_profile(scores: Sequence[float], chosen: Sequence[int], theme: Theme = L
         theme: appearance.
         title: above the axes.
     """
-    figure, axes = _axes(theme, 3.2, title or "Visual Information Gain")
+    figure, axes = new_axes(theme, 3.2, title or "Visual Information Gain")
     positive = [s for s in scores if s > 0]
     floor = min(positive, default=1.0) / 3
     shown = [max(s, floor) for s in scores]
     axes.plot(range(len(scores)), shown, color=theme.grid, linewidth=1.2, zorder=1)
     groups = (("kept", [i for i in range(len(scores)) if i not in set(chosen)]), ("skipped", sorted(chosen)))
     for i, (name, layers) in enumerate(groups):
-        colour, marker = theme.series[i], _MARKERS[i]
+        colour, marker = theme.series[i], MARKERS[i]
         axes.scatter(layers, [shown[k] for k in layers], s=34, color=colour, marker=marker, label=name, zorder=2)
     for layer in (i for i, s in enumerate(scores) if s <= 0):
         axes.annotate("0", (layer, floor), xytext=(0, 6), textcoords="offset points", ha="center", color=theme.text)
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.6, max(shown) * 2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _labels(axes, theme, "layer", "KL divergence (nats)")
+    label_axes(axes, theme, "layer", "KL divergence (nats)")
     _legend(axes, theme, title=None)
     return figure
 
@@ -145,7 +188,7 @@ def task_bars(series: Mapping[str, Mapping[str, Accuracy]], theme: Theme = LIGHT
         title: above the axes.
     """
     tasks = list(dict.fromkeys(chain.from_iterable(series.values())))
-    figure, axes = _axes(theme, 1.1 + (0.16 + 0.2 * len(series)) * len(tasks), title or "Accuracy per task")
+    figure, axes = new_axes(theme, 1.1 + (0.16 + 0.2 * len(series)) * len(tasks), title or "Accuracy per task")
     thickness = 0.8 / max(1, len(series))
     for i, (name, results) in enumerate(series.items()):
         present = [(k, results[task]) for k, task in enumerate(tasks) if task in results]
@@ -158,7 +201,7 @@ def task_bars(series: Mapping[str, Mapping[str, Accuracy]], theme: Theme = LIGHT
             xerr=errors,
             color=theme.series[i % len(theme.series)],
             edgecolor=theme.background,
-            hatch=_HATCHES[i % len(_HATCHES)],
+            hatch=HATCHES[i % len(HATCHES)],
             error_kw={"ecolor": theme.text, "elinewidth": 1, "capsize": 2},
             label=name,
         )
@@ -166,7 +209,7 @@ def task_bars(series: Mapping[str, Mapping[str, Accuracy]], theme: Theme = LIGHT
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 100)
-    _labels(axes, theme, "accuracy (%)", "")
+    label_axes(axes, theme, "accuracy (%)", "")
     if len(series) > 1:
         # Below the axes: bars may fill the whole plot, and a title may stand above.
         figure.legend(

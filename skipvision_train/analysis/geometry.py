@@ -102,8 +102,9 @@ def text_config(geometry: Geometry) -> PreTrainedConfig:
     """A transformers configuration of the decoder: its sizes, and the family's defaults for everything else.
 
     Raises:
-        ConfigError: transformers does not know the ``model_type``.
+        ConfigError: transformers does not know the ``model_type``, or refuses the sizes for it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     sizes = {k: v for k, v in vars(geometry).items() if k not in ("name", "model_type", "vision") and v is not None}
@@ -111,6 +112,9 @@ def text_config(geometry: Geometry) -> PreTrainedConfig:
         return AutoConfig.for_model(geometry.model_type, **sizes)
     except ValueError as error:
         raise ConfigError(f"geometry.model_type: {geometry.model_type!r} is unknown to transformers") from error
+    except StrictDataclassError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"geometry: no {geometry.model_type} model has these sizes: {reason}") from error
 
 
 def vision_config(geometry: Geometry) -> VisionConfig:

@@ -211,7 +211,10 @@ def _tokens(cost: Cost) -> dict[str, float]:
 
 
 def as_json(cfg: Config, plan: SkipPlan, whole: Cost, reduced: Cost) -> dict[str, Any]:
-    """The result as one JSON object: TFLOPs of the prefill, GFLOPs per decoded token, bytes of the cache."""
+    """The result as one JSON object: TFLOPs of the prefill, GFLOPs per decoded token, bytes of the cache.
+
+    By Skip-Vision's formula the prefill is in multiply-adds, which ``formula`` says.
+    """
     both = {"dense": whole, "plan": reduced}
     return {
         "geometry": cfg.geometry.name,
@@ -240,12 +243,13 @@ def as_table(cfg: Config, plan: SkipPlan, whole: Cost, reduced: Cost) -> str:
         return ", ".join(f"{n:g} {kind}" for kind, n in _tokens(cost).items())
 
     own, full = reduced.by_work(), whole.by_work()
+    unit = "prefill, 10^12 multiply-adds" if cfg.formula == "skip_vision" else "prefill, TFLOPs"
     lines = [
         f"{cfg.geometry.name}: dense {tokens(whole)}; plan {tokens(reduced)}",
         plan.table(),
         *([f"  layers: {plan.provenance['layers']}"] if "layers" in plan.provenance else []),
         "",
-        f"{'prefill, TFLOPs':<28}{'dense':>12}{'plan':>12}",
+        f"{unit:<28}{'dense':>12}{'plan':>12}",
         *(line(f"  {work.replace('_', ' ')}", full[work], own[work], 1e12) for work in own),
         line("  total", whole.total, reduced.total, 1e12),
         line("decode, GFLOPs per token", whole.decode + whole.lm_head, reduced.decode + reduced.lm_head, 1e9),

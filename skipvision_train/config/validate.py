@@ -143,7 +143,7 @@ def _check_model(model: ModelSpec) -> None:
     try:
         plan = SkipPlan.load(model.plan)
         if model.llm is None:
-            plan.check_depth(model.text.num_hidden_layers)
+            plan.bind(model.text.num_hidden_layers)
     except PlanError as error:
         raise ConfigError(f"model.plan: {error}") from error
 

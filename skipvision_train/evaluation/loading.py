@@ -55,9 +55,7 @@ def resolve_plan(plan: str | None, model: SkipVisionForConditionalGeneration) ->
         return model.config.plan_or_dense()
     if plan == "dense":
         return dense().bind(depth)
-    found = SkipPlan.load(plan)
-    found.check_depth(depth)
-    return found
+    return SkipPlan.load(plan).bind(depth)
 
 
 def _device(name: str | None) -> torch.device:

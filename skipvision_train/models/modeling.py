@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,9 @@ from skipvision_train.models.connectors import MultiScaleResampler
 from skipvision_train.models.reducer import Reducer
 from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans.executor import Attachment, attach
-from skipvision_train.plans.layout import TokenLayout
+from skipvision_train.plans.layout import IGNORE_INDEX, TokenLayout, answer_starts
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
-
-IGNORE_INDEX = -100
 
 
 class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -212,7 +211,9 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = layout.attention_mask if attention_mask is None else attention_mask
             position_ids = layout.position_ids if position_ids is None else position_ids
             if self._attachment is not None:
-                kwargs["token_layout"] = layout
+                # In training what is dropped is ranked where an answer begins, not by the answer's last token.
+                asking = None if labels is None else answer_starts(labels)
+                kwargs["token_layout"] = replace(layout, asking=asking)
         elif position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1)[:, -input_ids.shape[1] :].clamp_min(0)
         outputs = self.language_model.model(

@@ -18,7 +18,10 @@ from skipvision_train.errors import PlanError
 from skipvision_train.plans.stages import Queries
 
 Kernel = Callable[[Any, Tensor, Tensor, Tensor, Queries], Tensor]
-"""``(attention module, query (B, Q, H, D), key (B, K, G, D), value (B, K, G, D), queries) -> (B, Q, H, D)``."""
+"""``(attention module, query (M, H, D), key (B, K, G, D), value (B, K, G, D), queries) -> (M, H, D)``.
+
+Under autocast queries and keys may be fp32 (the rotation makes them so) and values half precision.
+"""
 
 
 def rotary_function(attention: Any) -> Any:
@@ -81,13 +84,8 @@ def attend(
     if past_key_values is not None:
         key, value = _cached(past_key_values, key, value, attention.layer_idx)
 
-    places = batch * queries.width
-    if queries.slots is not None:
-        query = query.new_zeros(places, *query.shape[1:]).index_copy(0, queries.slots, query)
-    attended = kernel(attention, query.unflatten(0, (batch, queries.width)), key, value, queries).reshape(places, -1)
-    if queries.slots is not None:
-        attended = attended.index_select(0, queries.slots)
-    return attention.o_proj(attended)
+    attended = kernel(attention, query, key, value, queries)
+    return attention.o_proj(attended.flatten(1))
 
 
 def _cached(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +101,22 @@ def _cached(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor,
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
+def query_grid(query: Tensor, queries: Queries, batch: int) -> Tensor:
+    """The packed queries (M, H, D) as (B, H, Q, D), with zeros in unused places."""
+    if queries.slots is not None:
+        query = query.new_zeros(batch * queries.width, *query.shape[1:]).index_copy(0, queries.slots, query)
+    return query.unflatten(0, (batch, queries.width)).transpose(1, 2)
+
+
+def packed_rows(attended: Tensor, queries: Queries) -> Tensor:
+    """What stands at the queries' places of (B, H, Q, D), as (M, H, D)."""
+    rows = attended.transpose(1, 2).flatten(0, 1)
+    return rows if queries.slots is None else rows.index_select(0, queries.slots)
+
+
 def sdpa(attention: Any, query: Tensor, key: Tensor, value: Tensor, queries: Queries) -> Tensor:
     """torch's scaled dot product attention: the reference, on every device."""
-    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    query, key, value = query_grid(query, queries, len(key)), key.transpose(1, 2), value.transpose(1, 2)
     grouped = query.shape[1] != key.shape[1]
     if queries.mask is not None and grouped:
         # With a mask, enable_gqa would send CUDA to the unfused kernel; repeated keys keep the memory-efficient one.
@@ -117,11 +128,11 @@ def sdpa(attention: Any, query: Tensor, key: Tensor, value: Tensor, queries: Que
         value,
         attn_mask=queries.mask,
         dropout_p=attention.attention_dropout if attention.training else 0.0,
-        is_causal=queries.mask is None,
+        is_causal=queries.mask is None and queries.causal,
         scale=attention.scaling,
         enable_gqa=grouped,
     )
-    return attended.transpose(1, 2)
+    return packed_rows(attended, queries)
 
 
 def add_rows(hidden: Tensor, rows: Tensor, update: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skipvision_train.errors import PlanError
-from skipvision_train.plans.attention import backend_mask, rotary_function, sdpa
+from skipvision_train.plans.attention import backend_mask, rotary_function
+from skipvision_train.plans.backends import backend_for, check_backend
 from skipvision_train.plans.cache import (
     EvictedLayer,
     check_evictable,
@@ -64,7 +65,7 @@ class Attachment:
             del module.__dict__["forward"]
             if getattr(previous, "__func__", None) is not type(module).forward:  # it had a forward of its own
                 module.__dict__["forward"] = previous
-        del self._decoder.__dict__["_skip_plan"], self._decoder.__dict__["_skip_kernel"]
+        del self._decoder.__dict__["_skip_plan"], self._decoder.__dict__["_skip_backend"]
         self._decoder = None
 
     def __enter__(self) -> Attachment:
@@ -76,7 +77,7 @@ class Attachment:
         self.detach()
 
 
-def attach(model: nn.Module, plan: SkipPlan) -> Attachment:
+def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto") -> Attachment:
     """Run ``plan`` on this model instance from now on.
 
     The decoder's forward takes ``token_layout`` (:class:`TokenLayout` or None) as a further keyword:
@@ -89,10 +90,11 @@ def attach(model: nn.Module, plan: SkipPlan) -> Attachment:
     * eviction needs a cache that the caller asked for (``past_key_values`` or ``use_cache=True``); a default of the
       model's configuration does not count, and no cache comes back then.
 
-    A dense plan attaches nothing.
+    A dense plan attaches nothing. ``backend``, of ``backends.BACKENDS``, computes attention where tokens are left out.
 
     Raises:
-        PlanError: no decoder of the LLaMA shape, another depth than the plan's, or a plan attached already.
+        PlanError: no decoder of the LLaMA shape, another depth than the plan's, a plan attached already, a backend that
+            is unknown or not installed; in forwards, one that cannot run there.
     """
     decoder = find_decoder(model)
     plan = plan.bind(len(decoder.layers))
@@ -100,13 +102,14 @@ def attach(model: nn.Module, plan: SkipPlan) -> Attachment:
         raise PlanError(
             f"plan {plan.name!r}: plan {decoder._skip_plan.name!r} is attached to this model; detach it first"
         )
+    check_backend(backend)
     if plan.is_dense:
         return Attachment(plan, None)
     # Bound methods rather than closures: copy.deepcopy rebinds them to the copy.
     for module in (decoder, *decoder.layers):
         module.__dict__["_stock_forward"] = module.forward
         module.__dict__["forward"] = MethodType(_decoder_forward if module is decoder else layer_forward, module)
-    decoder.__dict__["_skip_plan"], decoder.__dict__["_skip_kernel"] = plan, sdpa
+    decoder.__dict__["_skip_plan"], decoder.__dict__["_skip_backend"] = plan, backend
     return Attachment(plan, decoder)
 
 
@@ -214,8 +217,9 @@ def _mask_for(decoder: Any, visible: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def _run(decoder: Any, layout: TokenLayout, call: dict[str, Any], visible: Tensor | None = None) -> PlanRun:
-    device, kernel = _inputs(call).device, decoder._skip_kernel
-    return PlanRun(decoder._skip_plan, layout, device, kernel, decoder.rotary_emb, visible)
+    inputs = _inputs(call)
+    backend = backend_for(decoder._skip_backend, decoder, inputs)
+    return PlanRun(decoder._skip_plan, layout, inputs.device, backend, decoder.rotary_emb, visible)
 
 
 def _check_prefill(plan: SkipPlan, layout: TokenLayout, attention_mask: Tensor | None, call: dict[str, Any]) -> None:
@@ -285,7 +289,8 @@ def _prefill(decoder: Any, layout: TokenLayout, call: dict[str, Any]) -> Any:
     """The decoder's forward over a whole layout under the plan."""
     device = _inputs(call).device
     run = _run(decoder, layout, call)
-    attention_mask = layout.attention_mask.to(device)
+    # Without padding the stock code needs no mask, and does not have to look at one to find that out.
+    attention_mask = layout.attention_mask.to(device) if (layout.kinds == TokenKind.PAD).any() else None
     # Layers whose queries are gathered mask by themselves; a (T, T) mask of documents is for the others.
     if layout.document_ids is not None and run.stock_mask_needed():
         attention_mask = _mask_for(decoder, layout.to(device).visible(), call)
@@ -314,6 +319,11 @@ def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: di
         cut = {name: call[name] if call[name] is None else call[name][..., start:stop] for name in per_position}
         if call["inputs_embeds"] is not None:
             cut["inputs_embeds"] = call["inputs_embeds"][:, start:stop]
+        if (visual := call.get("visual_pos_masks")) is not None:  # Qwen3-VL's DeepStack: one row per visual token
+            column = torch.arange(visual.shape[1], device=visual.device)
+            rows = ((column >= start) & (column < stop)).expand_as(visual)[visual]
+            cut["visual_pos_masks"] = visual[:, start:stop]
+            cut["deepstack_visual_embeds"] = [embeds[rows] for embeds in call["deepstack_visual_embeds"]]
         return {**call, **cut, "return_dict": True}
 
     first = _prefill(decoder, layout.columns(0, last), part(0, last))
@@ -348,7 +358,7 @@ def _continue(decoder: Any, layout: TokenLayout, attention_mask: Tensor | None, 
         real = torch.ones(len(layout.kinds), filled + length) if attention_mask is None else attention_mask
         past = real[:, None].bool().expand(-1, length, -1)
     past = past[..., :-length].cpu()
-    visible = torch.cat([past, layout.visible()], dim=-1).to(_inputs(call).device)
+    visible = torch.cat([past, layout.visible()], dim=-1)
     run = _run(decoder, layout, call, visible)
     mask = _mask_for(decoder, visible, call)
     return decoder._stock_forward(attention_mask=mask, plan_run=run, **call)

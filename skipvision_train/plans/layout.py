@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipvision_train.plans.rules import Kinds, TokenKind
+
+IGNORE_INDEX = -100
+"""What stands in labels where nothing is supervised."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,15 @@ class TokenLayout:
         asking: (batch, length) bool or None: the positions whose attention ranks visual tokens in a plan that drops
             some. In training those just before an answer (a document without one drops no ranked token); None means
             the last token of every document, which is right for a prompt.
+        read: (batch, length) bool or None: the positions whose last hidden state somebody reads. The last layer then
+            computes queries and FFN for no other, and leaves the others' states unfinished. None means all.
     """
 
     kinds: Tensor
     position_ids: Tensor
     document_ids: Tensor | None = None
     asking: Tensor | None = None
+    read: Tensor | None = None
 
     @classmethod
     def from_kinds(cls, kinds: Tensor, document_ids: Tensor | None = None, asking: Tensor | None = None) -> TokenLayout:
@@ -92,7 +99,21 @@ class TokenLayout:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenLayout(**{name: None if part is None else change(part) for name, part in parts.items()})
+        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}
+        return TokenLayout(**changed)
+
+
+def answer_starts(labels: Tensor) -> Tensor:
+    """(batch, length) bool: the positions just before an answer, whose hidden state predicts the answer's first token.
+
+    Args:
+        labels: (batch, length) int64, -100 where nothing is supervised. An answer is a run of supervised positions; one
+            that begins at column 0 has no position before it.
+    """
+    supervised = labels != IGNORE_INDEX
+    starts = torch.zeros_like(supervised)
+    starts[:, :-1] = supervised[:, 1:] & ~supervised[:, :-1]
+    return starts
 
 
 def is_kind(kinds: Tensor, wanted: Kinds) -> Tensor:

@@ -12,10 +12,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skipvision_train.plans import drops
 from skipvision_train.plans.attention import Kernel, add_rows, attend
+from skipvision_train.plans.backends import Backend
 from skipvision_train.plans.cache import thin
 from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.plan import SkipPlan
-from skipvision_train.plans.rules import Drop, LayerRule
+from skipvision_train.plans.rules import Drop, Kinds, LayerRule
 from skipvision_train.plans.stages import Census, LayerWork, LiveTokens, layer_work, pick
 
 # In transformers 5.17 a layer's __call__ checkpoints whatever forward the instance has; in 5.23 the class's forward
@@ -35,7 +36,7 @@ class Stretch:
         live: its live tokens.
         recycled: new tokens made at its entry; None: none.
         positions: (B, W) int64 where a drop renumbers; None: the columns' own rotary positions hold.
-        work: the index tensors of the rules met so far.
+        work: the index tensors of the rules met so far, and whether they are those of a last layer partly read.
         rotary: cos and sin of the packed live tokens, (N, D) each, once a layer has asked for them.
     """
 
@@ -43,7 +44,7 @@ class Stretch:
     live: LiveTokens
     recycled: drops.Recycled | None
     positions: Tensor | None
-    work: dict[LayerRule, LayerWork | None]
+    work: dict[tuple[LayerRule, bool], LayerWork | None]
     rotary: Rotary | None = None
 
 
@@ -54,7 +55,7 @@ class PlanRun:
         plan: bound to the model's depth.
         layout: the batch, on the CPU.
         device: the model's.
-        kernel: what computes the attention of a subset of queries.
+        backend: what computes the attention of a subset of queries.
         rotary_emb: the decoder's ``rotary_emb``: ``(hidden, position_ids) -> cos, sin``.
         visible: (B, T, K) bool for a step onto a filled cache, as in ``select_queries``.
     """
@@ -64,21 +65,21 @@ class PlanRun:
         plan: SkipPlan,
         layout: TokenLayout,
         device: torch.device,
-        kernel: Kernel,
+        backend: Backend,
         rotary_emb: Any,
         visible: Tensor | None = None,
     ) -> None:
         self.plan, self.layout, self.device = plan, layout, device
-        self.kernel, self.rotary_emb, self.visible = kernel, rotary_emb, visible
+        self.backend, self.rotary_emb, self.visible = backend, rotary_emb, visible
         self.census = Census(layout)
         self.stretches = [Stretch(-1, LiveTokens.whole(layout), None, None, {})]
         self.asking: dict[int, drops.Asking] = {}
-        self.raters: dict[int, Tensor] = {}
+        self.raters: dict[Kinds, Tensor] = {}
         self.scores: dict[int, Tensor] = {}
         self.kept: dict[int, list[int] | None] = {}
         first = self.stretches[0]
-        for rule in set(plan.rules[: plan.drops[0].layer if plan.drops else None]):
-            first.work[rule] = layer_work(first.live, self.census, rule, device, visible)
+        for layer in range(plan.drops[0].layer if plan.drops else plan.num_layers):
+            self._work(layer, first)
 
     def stock_mask_needed(self) -> bool:
         """Whether some layer runs stock attention over the whole sequence."""
@@ -105,13 +106,24 @@ class PlanRun:
         if following is not None and following.score_layer == index:
             self._score(following, layer, hidden, position_embeddings)
         stretch = self._stretch(index)
-        rule = self.plan.rules[index]
-        if rule not in stretch.work:
-            stretch.work[rule] = layer_work(stretch.live, self.census, rule, self.device)
-        work = stretch.work[rule]
+        work = self._work(index, stretch)
         if work is not None and work.queries is not None and work.rotary is None:
-            work = stretch.work[rule] = replace(work, rotary=self._rotary(stretch, hidden, position_embeddings))
+            work = replace(work, rotary=self._rotary(stretch, hidden, position_embeddings))
+            stretch.work[self._key(index)] = work
         return hidden, work
+
+    def _key(self, layer: int) -> tuple[LayerRule, bool]:
+        """What tells the work of a layer from that of others: its rule, and whether it leaves out what nobody reads."""
+        return self.plan.rules[layer], self.layout.read is not None and layer == self.plan.num_layers - 1
+
+    def _work(self, layer: int, stretch: Stretch) -> LayerWork | None:
+        rule, last = key = self._key(layer)
+        if key not in stretch.work:
+            read = self.layout.read if last and stretch.live.columns.device.type == "cpu" else None
+            stretch.work[key] = layer_work(
+                stretch.live, self.census, rule, self.device, self.visible, self.backend.form, read
+            )
+        return stretch.work[key]
 
     def finish(self, cache: Any) -> None:
         """Tell the layers of a filled cache that saw fewer tokens which ones those were."""
@@ -145,8 +157,10 @@ class PlanRun:
 
     def _find_raters(self, embeds: Tensor) -> None:
         for drop in self.plan.drops:
-            if drop.score in ("raters", "corrected_raters") and drop.layer not in self.raters:
-                self.raters[drop.layer] = drops.rater_weights(embeds, self.layout, drop, self._asking(drop))
+            if drop.score not in ("raters", "corrected_raters") or drop.kinds in self.raters:
+                continue
+            if self._leave(drop) is not None:
+                self.raters[drop.kinds] = drops.rater_weights(embeds, self.layout, drop, self._asking(drop))
 
     def _asking(self, drop: Drop) -> drops.Asking:
         if drop.layer not in self.asking:
@@ -156,10 +170,14 @@ class PlanRun:
     def _kept(self, drop: Drop) -> list[int] | None:
         """How many droppable tokens every document keeps at a drop; None: all of them."""
         if drop.layer not in self.kept:
-            kept = self.census.plan_drop(drop, self._asking(drop).documents)
-            before = [self.census.droppable(i, drop.kinds) for i in range(len(kept))]
-            self.kept[drop.layer] = None if kept == before else kept
+            self.kept[drop.layer] = self._leave(drop)
         return self.kept[drop.layer]
+
+    def _leave(self, drop: Drop) -> list[int] | None:
+        """The same for the tokens that are live now."""
+        kept = self.census.plan_drop(drop, self._asking(drop).documents)
+        before = [self.census.droppable(i, drop.kinds) for i in range(len(kept))]
+        return None if kept == before else kept
 
     def _score(self, drop: Drop, layer: Any, hidden: Tensor, position_embeddings: Rotary) -> None:
         if drop.layer in self.scores or self._kept(drop) is None:
@@ -172,7 +190,7 @@ class PlanRun:
         ranked = None
         if drop.score == "corrected_raters":
             ranked = drops.droppable(stretch.live, drop, self.layout)
-        raters = self.raters.get(drop.layer)
+        raters = self.raters.get(drop.kinds) if "raters" in drop.score else None
         self.scores[drop.layer] = drops.attention_scores(
             layer, tokens, rotary, stretch.live, self._asking(drop), raters, ranked
         )
@@ -255,9 +273,9 @@ def layer_forward(
         return layer._stock_forward(hidden_states, *args, **kwargs)
     rule = plan_run.plan.rules[layer.self_attn.layer_idx]
     if layer.gradient_checkpointing and layer.training and not CHECKPOINTS_IN_CALL:
-        run = partial(run_layer, layer, rule, work, plan_run.kernel, **{**kwargs, "past_key_values": None})
+        run = partial(run_layer, layer, rule, work, plan_run.backend.kernel, **{**kwargs, "past_key_values": None})
         return layer._gradient_checkpointing_func(run, hidden_states)
-    return run_layer(layer, rule, work, plan_run.kernel, hidden_states, **kwargs)
+    return run_layer(layer, rule, work, plan_run.backend.kernel, hidden_states, **kwargs)
 
 
 def run_layer(layer: Any, rule: LayerRule, work: LayerWork, kernel: Kernel, hidden: Tensor, **kwargs: Any) -> Tensor:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipvision_train.plans.layout import TokenLayout, is_kind
 from skipvision_train.plans.rules import Drop, Kinds, LayerRule, TokenKind
+from skipvision_train.plans.visibility import Form, Segments, Sight
 
 
 class Census:
@@ -56,6 +58,10 @@ class Census:
         for row, counts in zip(self.rows, self.counts, strict=True):
             totals[row] += sum(n for known, n in counts.items() if kinds is None or known <= kinds)
         return totals
+
+    def live_documents(self) -> list[int]:
+        """Per document, its live tokens."""
+        return [sum(counts.values()) for counts in self.counts]
 
     def droppable(self, document: int, kinds: Kinds, original: bool = False) -> int:
         """How many tokens of ``kinds`` a document has that a drop may remove."""
@@ -182,55 +188,86 @@ class LiveTokens:
 class Queries:
     """Who asks in a layer, and what they may see. All tensors on the model's device.
 
+    Of ``mask``, ``segments`` and ``blocks`` there is the one that the attention backend wants, or the mask where that
+    one cannot be had, or none where ``causal`` says it all.
+
     Attributes:
         index: (M,) int64, the packed tokens that ask, ascending; None: all live tokens do.
         slots: (M,) int64, the place of each of them in the flat (B * Q) grid of queries; None: none is unused.
         width: Q.
-        mask: (B, 1, Q, K) bool, True where a query may attend to a key. None: causal, query i sees the slots 0 to i.
-            Unused slots see every key, so that no row of the softmax is empty.
         grid: (B * K,) int64, the packed token of every key slot; None: the packed tokens are the slots.
+        causal: without a mask: query i of a row sees the slots 0 to i; False: it sees every slot.
+        mask: (B, 1, Q, K) bool, True where a query may attend to a key. Unused places see every key, so that no row of
+            the softmax is empty.
+        segments: the runs of queries and their keys.
+        blocks: a ``BlockMask`` of flex attention over (B, Q, K).
     """
 
     index: Tensor | None
     slots: Tensor | None
     width: int
-    mask: Tensor | None
     grid: Tensor | None
+    causal: bool = True
+    mask: Tensor | None = None
+    segments: Segments | None = None
+    blocks: Any = None
 
 
 def select_queries(
-    live: LiveTokens, silent: Kinds, counts: list[int], device: torch.device, visible: Tensor | None = None
+    live: LiveTokens,
+    asks: Tensor,
+    counts: list[int],
+    device: torch.device,
+    visible: Tensor | None = None,
+    form: Form = "mask",
+    documents: list[int] | None = None,
 ) -> Queries:
-    """Who asks if ``silent`` kinds and padding do not, and what each may see.
-
-    The mask is built from the asking positions; no (W, W) mask exists on the way.
+    """The queries of the tokens that ask, and what each may see.
 
     Args:
         live: the live tokens.
-        silent: the kinds that issue no query.
-        counts: per row, how many tokens ask.
+        asks: (B, W) bool, which slots issue a query; padding and unused slots do not.
+        counts: per row, how many.
         device: where the tensors are wanted.
         visible: (B, T, K) bool, what each column may see, if that is not "all earlier real tokens of its document and
             itself": a step onto a filled cache. For a whole sequence only.
+        form: what the attention backend wants. There are no segments onto a filled cache, nor for some of the tokens
+            that a ranked drop left: which ones they are is known to the device alone.
+        documents: how many live tokens the documents of all rows have; None: each row is one.
     """
     grid = None if live.is_full else live.place.flatten().to(device)
     everybody = live.compact and counts == live.lengths
-    if everybody and live.documents is None:
-        return Queries(None, None if live.is_full else live.packed.to(device), live.used.shape[1], None, grid)
-    asks = live.real & ~is_kind(live.kinds, silent)
-    slots, used = pick(asks, counts), used_slots(counts).to(asks.device)
-    if visible is not None:
-        mask = visible.to(asks.device).gather(1, slots[..., None].expand(-1, -1, visible.shape[-1]))
+    if everybody:
+        width, flat, index = live.used.shape[1], live.packed, None
+        places, used = torch.arange(width, device=live.columns.device).expand_as(live.columns), live.used
     else:
-        mask = torch.arange(asks.shape[1], device=asks.device) <= slots[..., None]
-        mask = mask & live.real[:, None, :]
-        if live.documents is not None:
-            mask &= live.documents.gather(1, slots)[:, :, None] == live.documents[:, None, :]
-    mask = (mask | ~used[..., None])[:, None].to(device)
-    flat = used_slots(counts).flatten().nonzero()[:, 0]
-    index = live.place.to(slots.device).gather(1, slots).flatten().index_select(0, flat.to(slots.device)).to(device)
+        places, used = pick(asks, counts), used_slots(counts)
+        width, flat = used.shape[1], used.flatten().nonzero()[:, 0]
+        index = live.place.to(places.device).gather(1, places).flatten().index_select(0, flat.to(places.device))
+        index = index.to(device)
     is_full = len(flat) == used.numel()
-    return Queries(index, None if is_full else flat.to(device), used.shape[1], mask, grid)
+    slots = None if is_full else flat.to(device)
+    if visible is not None:
+        visible = visible.to(places.device).gather(1, places[..., None].expand(-1, -1, visible.shape[-1]))
+    sight = Sight(places, used.to(places.device), live.real, live.documents, visible)
+
+    if form == "blocks":
+        return Queries(index, slots, width, grid, blocks=sight.blocks(device))
+    segments = None
+    if form == "segments" and visible is None:
+        if everybody:
+            lengths = [length for length in documents or live.lengths if length]
+            segments = Segments.of_documents(lengths, None if is_full else flat) if lengths else None
+        elif places.device.type == "cpu":
+            segments = sight.segments()
+    if segments is not None:
+        return Queries(index, slots, width, grid, segments=segments.to(device))
+    if everybody and live.documents is None:
+        return Queries(index, slots, width, grid)
+    mask = sight.mask()
+    if is_full and width == 1 and mask.device.type == "cpu" and mask.all():
+        return Queries(index, slots, width, grid, causal=False)
+    return Queries(index, slots, width, grid, mask=mask.to(device))
 
 
 def packed_index(live: LiveTokens, mask: Tensor, counts: list[int], device: torch.device) -> Tensor:
@@ -260,9 +297,28 @@ class LayerWork:
 
 
 def layer_work(
-    live: LiveTokens, census: Census, rule: LayerRule, device: torch.device, visible: Tensor | None = None
+    live: LiveTokens,
+    census: Census,
+    rule: LayerRule,
+    device: torch.device,
+    visible: Tensor | None = None,
+    form: Form = "mask",
+    read: Tensor | None = None,
 ) -> LayerWork | None:
-    """The index tensors of one rule; None where the stock layer does just that."""
+    """The index tensors of one rule; None where the stock layer does just that.
+
+    Args:
+        live: the live tokens.
+        census: how many there are.
+        rule: what is left out.
+        device: where the tensors are wanted.
+        visible: as in :func:`select_queries`.
+        form: as in :func:`select_queries`.
+        read: (B, T) bool on the CPU, of the last layer: nobody reads the other tokens' results. Only for live tokens
+            that are known on the CPU.
+    """
+    if read is not None:
+        return _last_work(live, rule, device, visible, form, live.real & read.gather(1, live.columns))
     tokens = census.live()
     silent, idle = census.live(rule.no_attention), census.live(rule.no_ffn)
     if not live.compact and not any(silent) and not any(idle):
@@ -270,7 +326,8 @@ def layer_work(
     queries = bypassed = ffn = None
     if any(silent) or live.compact:
         asking = [total - off for total, off in zip(tokens, silent, strict=True)]
-        queries = select_queries(live, rule.no_attention, asking, device, visible)
+        asks = live.real & ~is_kind(live.kinds, rule.no_attention)
+        queries = select_queries(live, asks, asking, device, visible, form, census.live_documents())
     if any(silent) and rule.bypass == "norm":
         bypassed = packed_index(live, live.real & is_kind(live.kinds, rule.no_attention), silent, device)
     if any(idle):
@@ -278,3 +335,19 @@ def layer_work(
         ffn = packed_index(live, live.real & ~is_kind(live.kinds, rule.no_ffn), active, device)
     rows = live.rows.to(device) if live.compact else None
     return LayerWork(rows, queries, bypassed, ffn)
+
+
+def _last_work(
+    live: LiveTokens, rule: LayerRule, device: torch.device, visible: Tensor | None, form: Form, read: Tensor
+) -> LayerWork:
+    """The work of a layer of which only the slots ``read`` (B, W) bool on the CPU are read."""
+
+    def index(mask: Tensor) -> Tensor:
+        return packed_index(live, mask, mask.sum(-1).tolist(), device)
+
+    silent = is_kind(live.kinds, rule.no_attention)
+    asks = read & ~silent
+    queries = select_queries(live, asks, asks.sum(-1).tolist(), device, visible, form)
+    bypassed = index(read & silent) if rule.bypass == "norm" and rule.no_attention else None
+    ffn = index(read & ~is_kind(live.kinds, rule.no_ffn))
+    return LayerWork(live.rows.to(device) if live.compact else None, queries, bypassed, ffn)

@@ -31,6 +31,7 @@ from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.models.vision import read_vision_checkpoint
+from skipvision_train.plans.layout import IGNORE_INDEX
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training import dryrun
 from skipvision_train.training.batching import BatchArithmetic, TrainCollator
@@ -43,7 +44,7 @@ from skipvision_train.training.checkpoints import (
     newest_complete,
 )
 from skipvision_train.training.stages import apply_rates
-from skipvision_train.training.trainer import IGNORE_INDEX, StageParts, StageTrainer, engine_name, start_wandb
+from skipvision_train.training.trainer import StageParts, StageTrainer, engine_name, start_wandb
 
 log = logging.getLogger(__name__)
 

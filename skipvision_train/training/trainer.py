@@ -19,6 +19,7 @@ from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainingArgum
 
 from skipvision_train.config.specs import StageSpec, TrainConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.plans.layout import IGNORE_INDEX
 from skipvision_train.training.batching import BatchArithmetic, EpochSampler
 from skipvision_train.training.callbacks import MetricsFile
 from skipvision_train.training.checkpoints import (
@@ -34,7 +35,6 @@ from skipvision_train.training.checkpoints import (
 from skipvision_train.training.deepspeed_config import render
 from skipvision_train.training.stages import parameter_groups
 
-IGNORE_INDEX = -100
 METRICS = "metrics.jsonl"
 
 

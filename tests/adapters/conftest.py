@@ -343,3 +343,11 @@ def family(shared_family: Callable[[str], Family], name: str) -> Family:
 @pytest.fixture
 def llava(shared_family: Callable[[str], Family]) -> Family:
     return shared_family("llava")
+
+
+@pytest.fixture(scope="session")
+def lm() -> hf.LlamaForCausalLM:
+    """A language model without a vision tower: its image tokens are what the caller says."""
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).eval()
+    randomise(model)
+    return model

@@ -6,10 +6,6 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlavaForConditionalGeneration,
     LogitsProcessorList,
 )
@@ -36,13 +32,6 @@ from skipvision_train.plans import (
 
 IMAGE = 5
 STATIC = compose([vskip([0, 2], bypass="norm"), ffn_skip([1])])
-
-
-@pytest.fixture(scope="module")
-def lm(kit):
-    model = LlamaForCausalLM(LlamaConfig(**kit.text)).eval()
-    kit.randomise(model)
-    return model
 
 
 @torch.no_grad()
@@ -86,6 +75,18 @@ def test_positional_arguments_are_read_by_name(llava):
     assert torch.equal(logits_of(llava.model, STATIC, *by_place), expected)
 
 
+@torch.no_grad()
+def test_the_backend_is_handed_on(llava):
+    inputs = llava.inputs(0, 1)
+    with apply(llava.model, STATIC, backend="eager"):
+        assert llava.decoder._skip_backend == "eager"
+        eager = llava.model(**inputs).logits
+    text = (inputs["input_ids"] != llava.image_token_id) & inputs["attention_mask"].bool()
+    torch.testing.assert_close(eager[text], logits_of(llava.model, STATIC, **inputs)[text], atol=1e-5, rtol=1e-4)
+    with pytest.raises(PlanError, match="no_such_backend"):
+        apply(llava.model, STATIC, backend="no_such_backend")
+
+
 def test_the_configured_image_token_can_be_overridden(llava, kit):
     inputs = llava.inputs(1)
     as_text = logits_of(llava.model, vskip([0]), ids=kit.ids["w6"], **inputs)
@@ -99,7 +100,7 @@ def test_videos_are_visual(shared_family, kit, family_name):
     video = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     inputs = family.processor(videos=[video], text=[f"w1 {marker} w2 w3"], return_tensors="pt", do_sample_frames=False)
     visual = inputs["input_ids"] == family.model.config.video_token_id
-    assert visual.sum() > 2
+    assert visual.sum() >= 2
     stock = logits_of(family.model, dense(), **inputs)
     changed = logits_of(family.model, shortv([kit.layers - 1]), **inputs)
     torch.testing.assert_close(changed[~visual], stock[~visual], atol=1e-5, rtol=0)
@@ -181,9 +182,8 @@ def test_a_generated_image_token_is_text(lm):
     plan = compose([ffn_skip([0, 1, 2]), skip_kv()])
 
     def image_token_second(tokens, scores):
-        if tokens.shape[1] == 6:
-            scores[:, IMAGE] = torch.inf
-        return scores
+        chosen = torch.tensor(IMAGE) if tokens.shape[1] == 6 else scores.argmax(-1)
+        return torch.nn.functional.one_hot(chosen.expand(1), scores.shape[1]).float()
 
     with apply(lm, ffn_skip([0, 1, 2]), image_token_id=IMAGE):
         out = lm.generate(
@@ -318,102 +318,8 @@ def test_our_own_model_gets_its_former_plan_back(tiny_config, kit):
     assert model.plan == former
     with pytest.raises(PlanError, match="SkipVisionForConditionalGeneration knows its own tokens"):
         apply(model, dense(), image_token_id=3)
+    with pytest.raises(PlanError, match="chooses its own; leave backend='sdpa' out"):
+        apply(model, dense(), backend="sdpa")
     with pytest.raises(PlanError, match="has 4 layers, the model has 3"):
         apply(model, vskip([0]).bind(4))
     assert model.plan == former
-
-
-# --- errors --------------------------------------------------------------------------------------------------------
-
-
-def test_models_that_cannot_run_a_plan(kit):
-    gemma = GemmaForCausalLM(GemmaConfig(**{**kit.text, "head_dim": 8}))
-    with pytest.raises(PlanError, match="GemmaForCausalLM has no decoder of the LLaMA shape.*known families llama"):
-        apply(gemma, STATIC)
-    with pytest.raises(PlanError, match="Linear has no decoder"):
-        apply(torch.nn.Linear(2, 2), STATIC)
-
-
-@pytest.mark.parametrize(
-    ("plan", "arguments", "message"),
-    [
-        (STATIC, {}, "configuration of LlamaForCausalLM names no image token; pass image_token_id"),
-        (STATIC, {"image_token_id": []}, "names no image token"),
-        (STATIC, {"image_token_id": 42}, "image_token_id: 42 is outside the vocabulary of 42 tokens"),
-        (STATIC, {"image_token_id": [5, -1]}, "image_token_id: -1 is outside"),
-        (STATIC, {"image_token_id": 5, "register_token_id": 42}, "register_token_id: 42 is outside"),
-        (victor(1, 4), {"image_token_id": 5}, "'victor': needs 4 learned registers .* pass register_token_id"),
-        (skip_ffn(["retained"], evict=()), {"image_token_id": 5}, "no_ffn of layer 0 concerns only retained tokens"),
-        (skip_ffn(evict=["summary"]), {"image_token_id": 5}, "evict concerns only summary tokens, which Llama"),
-        (vskip([1], kinds=["middle"]), {"image_token_id": 5}, "no_attention of layer 1 concerns only middle"),
-        (vtw(1, kinds=["retained"]), {"image_token_id": 5}, "the drop at layer 1 concerns only retained"),
-        (vskip([3]), {"image_token_id": 5}, r"layers \[3\] do not exist; the model has layers 0 to 2"),
-        (vskip([0]).bind(4), {"image_token_id": 5}, "has 4 layers, the model has 3"),
-    ],
-)
-def test_what_does_not_fit_is_refused_and_leaves_no_trace(lm, kit, plan, arguments, message):
-    before = kit.state_of(lm)
-    with pytest.raises(PlanError, match=message):
-        apply(lm, plan, **arguments)
-    assert kit.state_of(lm) == before
-
-
-def test_a_configured_token_outside_the_vocabulary(kit):
-    model = kit.make_family("llava").model
-    model.config.image_token_index = 32000
-    with pytest.raises(PlanError, match=r"config.image_token_id: 32000 is outside the vocabulary of 42"):
-        apply(model, STATIC)
-
-
-def test_a_plan_while_another_is_attached(llava, kit):
-    with apply(llava.model, STATIC):
-        inside = kit.state_of(llava.model)
-        for plan in (vtw(1), dense()):
-            with pytest.raises(PlanError, match="is attached to this model; detach it first"):
-                apply(llava.model, plan)
-        assert kit.state_of(llava.model) == inside
-    apply(llava.model, vtw(1)).detach()
-
-
-def test_attention_implementations(kit):
-    model = kit.make_family("llava").model
-    model.model.language_model.config._attn_implementation = "flex_attention"
-    for plan in (skip_ffn(), vtw(1)):
-        with pytest.raises(PlanError, match="'flex_attention' takes no mask.*attn_implementation='sdpa' or 'eager'"):
-            apply(model, plan)
-    apply(model, STATIC).detach()
-    model.model.language_model.config._attn_implementation = "eager"
-    apply(model, skip_ffn()).detach()
-
-
-def test_calls_that_say_too_little(llava, lm):
-    inputs = llava.inputs(0)
-    embeds = llava.model.get_input_embeddings()(inputs["input_ids"])
-    with apply(llava.model, STATIC):
-        with pytest.raises(PlanError, match="images are given, but input_ids nowhere hold 2"):
-            llava.model(input_ids=torch.tensor([[12, 13]]), pixel_values=inputs["pixel_values"])
-        with pytest.raises(PlanError, match="inputs_embeds: embeddings do not say"):
-            llava.model(inputs_embeds=embeds)
-        with pytest.raises(PlanError, match=r"attention_mask: found \(1, 1, 3, 3\)"):
-            llava.model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 3))
-        with pytest.raises(PlanError, match="no static cache"):
-            llava.model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
-        with pytest.raises(PlanError, match="LlamaModel was called without LlavaForConditionalGeneration"):
-            llava.decoder(inputs_embeds=embeds)
-        llava.model(**inputs)
-    text = torch.tensor([[20, 21]])
-    with apply(lm, STATIC, image_token_id=IMAGE), pytest.raises(PlanError, match="text_only=True"):
-        lm(text)
-    with torch.no_grad(), apply(lm, STATIC, image_token_id=IMAGE, text_only=True):
-        under_plan = lm(text).logits
-    assert torch.equal(under_plan, lm(text).logits)
-
-
-def test_a_layout_does_not_outlive_a_forward_that_failed(llava):
-    inputs = llava.inputs(0)
-    with apply(llava.model, STATIC):
-        with pytest.raises(ValueError, match="do not match"):
-            llava.model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
-        with torch.no_grad():
-            again = llava.model(**inputs).logits
-    assert torch.equal(again, logits_of(llava.model, STATIC, **inputs))

@@ -176,6 +176,8 @@ def test_detach_restores_the_model_after_an_exception(family, kit):
 # --- training ------------------------------------------------------------------------------------------------------
 
 
+# Its new name does not exist in the oldest supported transformers.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("plan", ["vskip_and_skip_ffn", "fastv_and_vskip", "skip_ffn"])
 def test_gradients_with_and_without_checkpointing_agree(kit, name, plan):
     family = kit.make_family(name)

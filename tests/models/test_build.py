@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from skipvision_train.errors import CheckpointError
+from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.models.build import build_model, meta_model, read_state, start_stage
 from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, VisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
@@ -67,6 +69,44 @@ def test_same_shape_start_copies_everything(pretrained):
     assert (report.missing, report.unused) == ((), ())
     for name, value in old.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.fixture
+def with_registers(config_factory, tmp_path):
+    """A saved stage whose images end in three registers."""
+    config = config_factory(reducer=ReducerConfig(local_keep=6, registers=3))
+    SkipVisionForConditionalGeneration(config).save_pretrained(tmp_path / "victor")
+    return tmp_path / "victor"
+
+
+def test_a_stage_may_add_registers(pretrained, config_factory):
+    old, directory = pretrained
+    values = {"vision": old.config.vision_config, "connector": old.config.connector_config}
+    config = config_factory(**values, reducer=replace(ReducerConfig.off(), registers=3))
+    model, report = start_stage(directory, config)
+    assert (report.missing, report.unused) == (("reducer.registers",), ())
+    assert report.summary() == "missing 1, unused 0"
+    assert model.reducer.registers.shape == (3, 32)
+    assert model.reducer.registers.abs().max() > 0
+
+
+def test_registers_are_carried_to_the_next_stage(with_registers, config_factory):
+    config = config_factory(reducer=ReducerConfig(local_keep=None, registers=3))
+    model, report = start_stage(with_registers, config)
+    assert (report.missing, report.unused) == ((), ())
+    saved = load_file(with_registers / "model.safetensors")["reducer.registers"]
+    assert torch.equal(model.reducer.registers, saved)
+    again = SkipVisionForConditionalGeneration.from_pretrained(with_registers)
+    assert torch.equal(again.reducer.registers, saved)
+
+
+@pytest.mark.parametrize("number", [0, 2, 8])
+def test_the_number_of_registers_is_fixed(with_registers, config_factory, number):
+    config = config_factory(reducer=ReducerConfig(local_keep=6, registers=number))
+    with pytest.raises(
+        ConfigError, match=rf"^reducer\.registers: {number}, but .*victor was trained with 3; keep 3, or train anew$"
+    ):
+        start_stage(with_registers, config)
 
 
 def test_wrong_shape_is_named_with_both_shapes(pretrained, config_factory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -11,10 +12,23 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, DynamicCache
 
-from skipvision_train.errors import CheckpointError, PlanError
+from skipvision_train.errors import CheckpointError, ConfigError, PlanError
 from skipvision_train.models.configuration import ReducerConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.plans import VISUAL, LayerRule, TokenKind, compose, dense, shortv, skip_ffn, vskip
+from skipvision_train.plans import (
+    VISUAL,
+    LayerRule,
+    TokenKind,
+    compose,
+    dense,
+    fastv,
+    pyramiddrop,
+    shortv,
+    skip_ffn,
+    victor,
+    vskip,
+    vtw,
+)
 
 IMAGE, LAYERS = 3, 3
 
@@ -60,6 +74,10 @@ def plans():
         skip_ffn(evict=()).bind(LAYERS),
         shortv([1, 2]).bind(LAYERS),
         everything,
+        vtw(2).bind(LAYERS),
+        compose([fastv(1, 0.5, VISUAL), shortv([2])]).bind(LAYERS),
+        compose([fastv(1, 0.5, frozenset({TokenKind.SKIPPED})), skip_ffn()]).bind(LAYERS),
+        pyramiddrop((1, 2), (0.6, 0.3)).bind(LAYERS),
     ]
 
 
@@ -103,7 +121,8 @@ def test_image_tokens_arrive_in_their_places(model):
     assert not torch.equal(a[:, start:], b[:, start:])
 
 
-@pytest.mark.parametrize("plan", plans(), ids=lambda p: p.name)
+# A plan that ranks tokens keeps others with labels than without.
+@pytest.mark.parametrize("plan", [p for p in plans() if all(d.score == "none" for d in p.drops)], ids=lambda p: p.name)
 def test_loss_is_the_cross_entropy_of_supervised_positions(model, plan):
     model.set_plan(plan)
     inputs = batch(model, [row(model, 5, "i", 6, 7, 8), row(model, 9, 10)], side="right")
@@ -114,6 +133,20 @@ def test_loss_is_the_cross_entropy_of_supervised_positions(model, plan):
     expected = F.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
     torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=12).loss, expected * 3 / 12)
+
+
+def test_in_training_the_token_before_each_answer_ranks_what_is_dropped(model):
+    inputs = batch(model, [row(model, 5, "i", 6, 7, 8), row(model, 5, "i", 9)], side="right")
+    labels, seen = torch.full_like(inputs["input_ids"], -100), []
+    labels[0, -2:] = torch.tensor([7, 8])
+    model.set_plan(fastv(1, 0.5))
+    model.language_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["token_layout"].asking), with_kwargs=True
+    )
+    model(**inputs, labels=labels)
+    model(**inputs)
+    assert seen[0].nonzero().tolist() == [[0, labels.shape[1] - 3]]
+    assert seen[1] is None
 
 
 def test_a_batch_with_nothing_supervised_has_loss_zero(model):
@@ -262,6 +295,60 @@ def test_plans_of_another_depth_are_refused(model, config_factory):
         model.set_plan(dense().bind(2))
     with pytest.raises(PlanError, match="5 layers, the model has 3"):
         config_factory(skip_plan=skip_ffn().bind(5).to_dict())
+
+
+def test_a_stored_plan_may_fit_several_depths(config_factory):
+    config = config_factory(skip_plan=skip_ffn().to_dict())
+    assert config.plan_or_dense() == skip_ffn().bind(LAYERS)
+    with pytest.raises(PlanError, match=r"vskip: layers \[3\] do not exist; the model has layers 0 to 2"):
+        config_factory(skip_plan=vskip([3]).to_dict())
+
+
+def test_plans_that_need_registers_are_refused(config_factory):
+    """Both where the plan is stored and where it is set; a model with more registers than that will do."""
+    too_few = r"^reducer\.registers: {}, but plan 'victor' needs 4; .*reducer\.registers=4"
+    plan = victor(LAYERS, 4)
+    with pytest.raises(ConfigError, match=too_few.format(0)):
+        config_factory(skip_plan=plan.to_dict())
+    model = SkipVisionForConditionalGeneration(config_factory(reducer=ReducerConfig(local_keep=6, registers=3)))
+    with pytest.raises(ConfigError, match=too_few.format(3)):
+        model.set_plan(plan)
+    assert model.plan == dense().bind(LAYERS)
+    for registers in (4, 5):
+        config = config_factory(reducer=ReducerConfig(local_keep=6, registers=registers), skip_plan=plan.to_dict())
+        assert config.plan_or_dense().registers == 4
+
+
+@pytest.mark.parametrize("arrangement", [ReducerConfig(local_keep=6), ReducerConfig.off()], ids=["skip", "dense"])
+def test_text_after_the_image_reads_the_registers(config_factory, arrangement):
+    torch.manual_seed(0)
+    config = config_factory(reducer=dataclasses.replace(arrangement, registers=2))
+    model = SkipVisionForConditionalGeneration(config).eval()
+    inputs = batch(model, [row(model, 5, "i", 6, 7)])
+    assert int((inputs["input_ids"] == IMAGE).sum()) == len(config.image_token_kinds())
+    before = logits(model, **inputs)
+    with torch.no_grad():
+        model.reducer.registers += 1.0
+    change = (logits(model, **inputs) - before).abs().amax(-1)[0]
+    assert change[: -2 - 2].max() == 0
+    assert change[-2:].min() > 1e-4
+
+
+def test_victor_reads_the_image_before_the_drop_only(config_factory):
+    torch.manual_seed(0)
+    model = SkipVisionForConditionalGeneration(
+        config_factory(reducer=dataclasses.replace(ReducerConfig.off(), registers=2))
+    ).eval()
+    rows = [row(model, 5, "i", 6, 7)]
+    for layer, sees_image in ((0, False), (1, True)):
+        model.set_plan(victor(layer, 2))
+        one, other = (logits(model, **batch(model, rows, seed=seed))[0, -2:] for seed in (1, 2))
+        assert ((one - other).abs().max() > 1e-4) == sees_image
+        assert sees_image or torch.equal(one, other)
+        with torch.no_grad():
+            model.reducer.registers += 1.0
+        changed = logits(model, **batch(model, rows, seed=2))[0, -2:]
+        assert (changed - other).abs().amax(-1).min() > 1e-4
 
 
 def test_dense_arrangement_has_no_reducer_weights(config_factory):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from skipvision_train.models.configuration import ReducerConfig
+from skipvision_train.errors import ConfigError
+from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig
 from skipvision_train.models.merging import merge_tokens
 from skipvision_train.models.reducer import Reducer
 from skipvision_train.plans.rules import TokenKind
@@ -41,6 +44,7 @@ def test_tokens_come_in_the_order_of_the_kinds(reducer_config, config_factory):
     assert found.shape == (2, len(kinds), WIDTH)
     if not reducer_config.skip_finest:
         torch.testing.assert_close(found, torch.cat([coarse, middle, local], 1), rtol=0, atol=0)
+        assert set(kinds) == {TokenKind.RETAINED}
         return
     keep = reducer_config.local_keep
     merged = local if keep is None else merge_tokens(local, keep)
@@ -59,6 +63,57 @@ def test_tokens_come_in_the_order_of_the_kinds(reducer_config, config_factory):
     plain = torch.cat([retained, merged], 1)
     others = [i for i in range(len(kinds)) if i not in summaries]
     torch.testing.assert_close(found[:, others], plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("windows", "queries", "last", "expected"),
+    [
+        ((8, 2), (2, 16), True, "rr sss r"),
+        ((8, 2), (2, 16), False, "rr ssss"),
+        ((8, 4, 2), (2, 4, 16), True, "rr mmmm sss r"),
+        ((8, 4, 2, 1), (1, 4, 16, 64), False, "r mmmmmmmmmmmmmmmmmmmm ssss"),
+    ],
+)
+def test_levels_between_the_coarsest_and_the_finest_are_middle(config_factory, windows, queries, last, expected):
+    letters = {"r": TokenKind.RETAINED, "m": TokenKind.MIDDLE, "s": TokenKind.SKIPPED}
+    config = config_factory(
+        connector=ConnectorConfig(windows, queries, head_dim=16),
+        reducer=ReducerConfig(local_keep=4, summary="none", last_local_ffn=last),
+    )
+    assert config.image_token_kinds() == tuple(letters[letter] for letter in expected.replace(" ", ""))
+
+
+@pytest.mark.parametrize(
+    "arrangement",
+    [ReducerConfig(local_keep=6), ReducerConfig(local_keep=None, summary="former"), ReducerConfig.off()],
+    ids=str,
+)
+def test_registers_stand_behind_every_image(config_factory, arrangement):
+    with_them = replace(arrangement, registers=3)
+    before = config_factory(reducer=arrangement).image_token_kinds()
+    assert config_factory(reducer=with_them).image_token_kinds() == (*before, *[TokenKind.SUMMARY] * 3)
+    reducer, inputs = Reducer(with_them, WIDTH), levels(config_factory())
+    found = reducer(inputs)
+    assert found.shape == (2, len(before) + 3, WIDTH)
+    torch.testing.assert_close(found[:, -3:], reducer.registers.expand(2, 3, WIDTH), rtol=0, atol=0)
+    plain = Reducer(arrangement, WIDTH)
+    plain.load_state_dict({k: v for k, v in reducer.state_dict().items() if k != "registers"})
+    torch.testing.assert_close(found[:, :-3], plain(inputs), rtol=0, atol=0)
+    found[:, -3:].sum().backward()
+    torch.testing.assert_close(reducer.registers.grad, torch.full((3, WIDTH), 2.0))
+
+
+def test_registers_start_small_and_different():
+    torch.manual_seed(0)
+    registers = Reducer(ReducerConfig(registers=64), 256).registers.detach()
+    assert 0.019 < registers.std() < 0.021
+    assert registers.mean().abs() < 1e-3
+    assert torch.pdist(registers).min() > 0.3  # 0.02 times the root of 2 * 256 is 0.45
+    assert Reducer(ReducerConfig(), WIDTH).registers is None
+    half = Reducer(replace(ReducerConfig.off(), registers=2), WIDTH)([torch.zeros(1, 4, WIDTH, dtype=torch.bfloat16)])
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"^reducer\.registers: -1 is out of range; use 0 or more$"):
+        ReducerConfig(registers=-1)
 
 
 def test_the_last_local_token_is_the_most_distinctive():

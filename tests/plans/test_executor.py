@@ -234,7 +234,7 @@ def test_no_row_of_a_mask_is_empty(kit):
         layout = kit.layout_of(*rows)
         text_only = Census(layout).live(frozenset({TokenKind.TEXT}))
         queries = select_queries(
-            LiveTokens.whole(layout), frozenset({TokenKind.SKIPPED}), text_only, torch.device("cpu")
+            LiveTokens.whole(layout), layout.kinds == TokenKind.TEXT, text_only, torch.device("cpu")
         )
         assert queries.mask.shape == (len(rows), 1, max(1, rows[0].count("t")), 3)
         assert queries.mask.any(-1).all()

@@ -236,8 +236,8 @@ def test_an_open_plan_and_its_depth():
         plan.check_depth(4)
     with pytest.raises(PlanError, match="plan 'vskip' has 6 layers, the model has 5"):
         bound.bind(5)
-    with pytest.raises(PlanError, match=r"vskip: layers \[3\] do not exist; the model has layers 0 to 2"):
-        plan.bind(3)
+    with pytest.raises(PlanError, match=r"vskip: layers \[1, 3\] do not exist; the model has layers 0 to 0"):
+        plan.bind(1)
     with pytest.raises(PlanError, match=r"pyramiddrop: layers \[16, 24\] do not exist; the model has layers 0 to 11"):
         pyramiddrop().bind(12)
     assert pyramiddrop().bind(24).drops == pyramiddrop().drops[:2]
@@ -388,9 +388,9 @@ def test_table_of_drops():
         "  layer    rest: dense",
         "  4 learned registers behind every image",
     ]
-    assert sparsevlm(keep=(30, 20, 10), kinds={SKIPPED}).table().splitlines()[1:3] == [
+    assert sparsevlm(layers=(0, 6, 9), keep=(30, 20, 10), kinds={SKIPPED}).table().splitlines()[1:3] == [
         "  layer    rest: dense",
-        "  entry       3: 30 skipped stay, ranked by raters of layer 2, some of the others recycled "
+        "  entry       1: 30 skipped stay, ranked by raters of layer 0, some of the others recycled "
         "(positions: renumber)",
     ]
     assert vtw(0, kinds={SKIPPED}).bind(2).table().splitlines()[1:] == [
