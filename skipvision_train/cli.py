@@ -124,6 +124,8 @@ def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[s
 
     Ours stand directly before the user's first override: Hydra's parser takes only one run of overrides.
     """
+    if any(field.name == "plan" and field.type == "PlanSpec" for field in dataclasses.fields(schema)):
+        arguments = [part for argument in arguments for part in _plan_file(argument)]
     given = {argument.lstrip("+~").split("=", 1)[0] for argument in arguments}
     ours = [setting for setting in (*HYDRA_SETTINGS, *_help(name)) if setting.split("=", 1)[0] not in given]
     if any(field.name == "dry_run" for field in dataclasses.fields(schema)) and "--dry-run" in arguments:
@@ -132,6 +134,14 @@ def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[s
     overrides = (i for i, a in enumerate(arguments) if not a.startswith("-") and ("=" in a or a.startswith("~")))
     first = next(overrides, len(arguments))
     return [*arguments[:first], *ours, *arguments[first:]]
+
+
+def _plan_file(argument: str) -> tuple[str, ...]:
+    """``plan=some/file.json`` spelled out: the group's choice and its path. Everything else stays as it is."""
+    key, _, value = argument.partition("=")
+    if key != "plan" or not value.endswith(".json"):
+        return (argument,)
+    return "plan=file", f"plan.path='{value}'"
 
 
 def _help(name: str) -> tuple[str, ...]:

@@ -174,6 +174,16 @@ def _replace_plan(
     return AppliedPlan(model.plan, undo)
 
 
+def visual_token_ids(model: nn.Module, given: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """What stands for visual tokens in the prompts of ``model``: the caller's ids, or those of its configuration.
+
+    Raises:
+        PlanError: there is none, or one is outside the vocabulary.
+    """
+    decoder = find_decoder(model)
+    return _image_ids(_outermost(model, decoder), decoder, given)
+
+
 def _image_ids(model: PreTrainedModel, decoder: Any, given: int | Sequence[int] | None) -> tuple[int, ...]:
     """The placeholder ids, the caller's or the configuration's.
 

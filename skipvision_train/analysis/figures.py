@@ -10,8 +10,8 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from skipvision_train.evaluation.metrics import Accuracy
+
+if TYPE_CHECKING:
+    import wandb
 
 WIDTH = 5.6
 """Inches."""
@@ -85,6 +88,20 @@ def embed(alt: str, draw: Callable[..., Figure], *data: Any, **options: Any) -> 
     return {"alt": alt, **uris}
 
 
+def log_figures(run: wandb.Run, figures: Mapping[str, Figure], step: int | None = None) -> None:
+    """Log figures to a run of Weights & Biases as pictures, all in one step.
+
+    Args:
+        run: as ``wandb.init`` returns it.
+        figures: by the name they get there.
+        step: None takes the run's next one.
+    """
+    import wandb
+    from PIL import Image
+
+    run.log({name: wandb.Image(Image.open(io.BytesIO(to_png(figure)))) for name, figure in figures.items()}, step=step)
+
+
 def new_figure(theme: Theme, height: float) -> Figure:
     """An empty figure of the common width and ``height`` inches, laid out so that nothing overlaps."""
     return Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.background)
@@ -118,6 +135,35 @@ def label_axes(axes: Axes, theme: Theme, x: str, y: str) -> None:
 
 def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
     axes.legend(frameon=False, fontsize=10, labelcolor=theme.text, **options)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], theme: Theme) -> None:
+    """A legend under the axes, where no data is, in as many columns as the width holds."""
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=legend_columns(labels),
+        frameon=False,
+        fontsize=10,
+        labelcolor=theme.text,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """How many columns of these labels fit side by side, by a mean letter of 0.08 inches and 0.55 for the sample.
+
+    Entries run down the columns, as matplotlib sets them.
+    """
+    for columns in range(len(labels), 1, -1):
+        long, rest = divmod(len(labels), columns)
+        starts = [k * long + min(k, rest) for k in range(columns + 1)]
+        widths = (max(map(len, labels[a:b])) for a, b in pairwise(starts))
+        if sum(0.08 * width + 0.55 for width in widths) <= WIDTH:
+            return columns
+    return 1
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
@@ -211,13 +257,5 @@ def task_bars(series: Mapping[str, Mapping[str, Accuracy]], theme: Theme = LIGHT
     axes.set_xlim(0, 100)
     label_axes(axes, theme, "accuracy (%)", "")
     if len(series) > 1:
-        # Below the axes: bars may fill the whole plot, and a title may stand above.
-        figure.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=len(series),
-            frameon=False,
-            fontsize=10,
-            labelcolor=theme.text,
-        )
+        legend_below(figure, *axes.get_legend_handles_labels(), theme)
     return figure

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about finished runs: losses, accuracy, cost, VIG, examples.
+"""One self-contained HTML page about finished runs: losses, accuracy, cost, calibrations, examples.
 
 Figures and pictures are data URIs, so the file opens from disk and can be mailed. No script runs in it; light and dark
 follow the reader's system. Everything that comes from data is escaped by the template engine.
@@ -6,7 +6,6 @@ follow the reader's system. Everything that comes from data is escaped by the te
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 from PIL import Image
 
-from skipvision_train.analysis.figures import DARK, LIGHT, Theme, loss_curves, task_bars, to_png, vig_profile
+from skipvision_train.analysis.calibration_report import Calibration, section
+from skipvision_train.analysis.figures import data_uri, embed, loss_curves, task_bars
 from skipvision_train.errors import DataError
 from skipvision_train.evaluation.metrics import Accuracy
-from skipvision_train.evaluation.results import EvaluationResult, Prediction, read_json
+from skipvision_train.evaluation.results import EvaluationResult, Prediction
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 THUMBNAIL = 448
@@ -37,7 +36,7 @@ class ReportInputs:
         losses: per stage name, the rows of its ``metrics.jsonl``.
         evaluation: the model under its own plan.
         others: name in the tables, and the same model under another plan (V-Skip, say).
-        profiles: per name, the content of a ``vig.json``: ``scores`` and ``layers``.
+        calibrations: per name.
         examples: how many held-out questions are shown.
     """
 
@@ -45,7 +44,7 @@ class ReportInputs:
     losses: Mapping[str, Sequence[Mapping[str, Any]]]
     evaluation: EvaluationResult
     others: Mapping[str, EvaluationResult] = field(default_factory=dict)
-    profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     examples: int = 12
 
 
@@ -66,18 +65,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: line {number} is not JSON: {error}") from error
     return rows
-
-
-def read_profile(path: str | Path) -> dict[str, Any]:
-    """The content of a ``vig.json``.
-
-    Raises:
-        DataError: the file is missing or holds no ``scores`` and ``layers``.
-    """
-    data = read_json(path)
-    if not isinstance(data, dict) or not {"scores", "layers"} <= set(data):
-        raise DataError(f"{path}: not a VIG profile: needs the fields scores and layers")
-    return data
 
 
 def choose_examples(predictions: Iterable[Prediction], count: int) -> list[Prediction]:
@@ -107,11 +94,6 @@ def choose_examples(predictions: Iterable[Prediction], count: int) -> list[Predi
     return chosen
 
 
-def data_uri(content: bytes, media_type: str) -> str:
-    """The content as a ``data:`` URI."""
-    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
-
-
 def picture_uri(image: Image.Image) -> str:
     """A picture of at most ``THUMBNAIL`` pixels a side as a PNG data URI."""
     small = image.convert("RGB")
@@ -138,8 +120,8 @@ def render_report(inputs: ReportInputs, load_picture: Callable[[str], Image.Imag
         total=evaluation.scores.mean.total,
         task_count=len(evaluation.scores.tasks),
         tiles=_tiles(inputs),
-        losses=[_figure(f"Training loss of {n}", loss_curves, {n: rows}, title=n) for n, rows in inputs.losses.items()],
-        bars=_figure(
+        losses=[embed(f"Training loss of {n}", loss_curves, {n: rows}, title=n) for n, rows in inputs.losses.items()],
+        bars=embed(
             "Accuracy per task", task_bars, {name: dict(tasks) for name, (_, tasks) in columns.items()}, title=""
         ),
         blind_variant=evaluation.blind.variant if evaluation.blind else None,
@@ -148,20 +130,10 @@ def render_report(inputs: ReportInputs, load_picture: Callable[[str], Image.Imag
         vision=_flops(evaluation.cost.vision),
         connector=_flops(evaluation.cost.connector),
         costs=_cost_rows(inputs),
-        profiles=[
-            _figure(f"VIG per layer, {name}", vig_profile, profile["scores"], profile["layers"], title=name)
-            for name, profile in inputs.profiles.items()
-        ],
+        calibrations=[section(name, calibration) for name, calibration in inputs.calibrations.items()],
         examples=[_example(p, load_picture) for p in choose_examples(evaluation.predictions, inputs.examples)],
         provenance=_provenance(inputs),
     )
-
-
-def _figure(alt: str, draw: Callable[..., Figure], *data: Any, title: str) -> dict[str, str]:
-    def uri(theme: Theme) -> str:
-        return data_uri(to_png(draw(*data, theme=theme, title=title)), "image/png")
-
-    return {"alt": alt, "light": uri(LIGHT), "dark": uri(DARK)}
 
 
 def _columns(inputs: ReportInputs) -> dict[str, tuple[Accuracy, Mapping[str, Accuracy]]]:
@@ -261,6 +233,6 @@ def _provenance(inputs: ReportInputs) -> list[tuple[str, str]]:
     ]
     if evaluation.blind:
         facts.append(("blind", ", ".join(f"{name} {100 * v:.1f} %" for name, v in evaluation.blind.means.items())))
-    facts += [(f"layers of {name}", ", ".join(map(str, p["layers"]))) for name, p in inputs.profiles.items()]
+    facts += [(f"layers of {name}", ", ".join(map(str, c.layers))) for name, c in inputs.calibrations.items()]
     facts.append(("versions", ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())))
     return facts

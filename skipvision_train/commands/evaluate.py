@@ -6,10 +6,11 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Config:
     """Directory that the recipe's paths are relative to; image paths in the result are relative to it as well."""
     output: str = "???"
     """Folder for ``evaluation.json``."""
-    plan: str | None = None
-    """A plan file, ``dense``, or null for the plan the model was trained with."""
+    plan: PlanSpec = field(default_factory=lambda: PlanSpec("own"))
+    """The plan: a file of ``conf/plan`` and its fields, or a plan file's path; ``own`` is what the checkpoint has."""
     batch_size: int = 16
     """Records per forward pass; does not change the answers."""
     max_new_tokens: int = 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import ConfigError
 
 
@@ -20,8 +21,8 @@ class Config:
     """Image files in the order of their markers."""
     system: str | None = None
     """A system message before the prompt; null for none."""
-    plan: str | None = None
-    """A plan file, ``dense``, or null for the plan the model was trained with."""
+    plan: PlanSpec = field(default_factory=lambda: PlanSpec("own"))
+    """The plan: a file of ``conf/plan`` and its fields, or a plan file's path; ``own`` is what the checkpoint has."""
     max_new_tokens: int = 128
     """Where an answer without an end is cut."""
     device: str | None = None

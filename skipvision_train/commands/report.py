@@ -27,7 +27,8 @@ class Config:
     runs: list[str] = field(default_factory=list)
     """Folders of training stages, whose ``metrics.jsonl`` gives the loss curves."""
     vig: list[str] = field(default_factory=list)
-    """``vig.json`` files of calibrations, or their folders."""
+    """Folders of calibrations: of ``vig.json``, and of ``scores*.json``, ``seeds.json``, ``curves.json`` and
+    ``transfer.json`` where they are there. The path of a ``vig.json`` shows that file alone."""
     data_root: str | None = None
     """Directory that the evaluations' image paths are relative to; null: they are usable as they stand."""
     examples: int = 12
@@ -38,7 +39,8 @@ class Config:
 
 def run(cfg: Config) -> None:
     """Read the results, render the page, write it."""
-    from skipvision_train.analysis.report import ReportInputs, read_metrics, read_profile, render_report
+    from skipvision_train.analysis.calibration_report import read_calibration
+    from skipvision_train.analysis.report import ReportInputs, read_metrics, render_report
     from skipvision_train.data.images import load_image
     from skipvision_train.evaluation.results import EvaluationResult
 
@@ -47,13 +49,12 @@ def run(cfg: Config) -> None:
     if cfg.examples < 0:
         raise ConfigError(f"examples: {cfg.examples} is negative")
     own, *others = [EvaluationResult.load(_file(path, "evaluation.json")) for path in cfg.evaluations]
-    profiles = [_file(path, "vig.json") for path in cfg.vig]
     inputs = ReportInputs(
         title=cfg.title,
         losses={Path(run_dir).name: read_metrics(Path(run_dir) / "metrics.jsonl") for run_dir in cfg.runs},
         evaluation=own,
         others=_named(others),
-        profiles={_profile_name(path, profiles): read_profile(path) for path in profiles},
+        calibrations={_calibration_name(path, cfg.vig): read_calibration(path) for path in cfg.vig},
         examples=cfg.examples,
     )
     root = Path(cfg.data_root or ".")
@@ -82,7 +83,8 @@ def _named(results: list[EvaluationResult]) -> dict[str, EvaluationResult]:
     return named
 
 
-def _profile_name(path: Path, paths: list[Path]) -> str:
+def _calibration_name(path: str, paths: list[str]) -> str:
     """The calibration's folder, or the whole path where two folders are called the same."""
-    same = [other for other in paths if other.parent.name == path.parent.name]
-    return path.parent.name if len(same) == 1 and path.parent.name else str(path)
+    names = [(_file(other, "vig.json")).parent.name for other in paths]
+    name = _file(path, "vig.json").parent.name
+    return name if name and names.count(name) == 1 else path

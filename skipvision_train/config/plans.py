@@ -54,6 +54,7 @@ class PlanSpec:
 
 
 FIELDS: dict[str, tuple[str, ...]] = {
+    "own": (),
     "dense": (),
     "skip_ffn": ("kinds", "evict", "evict_when"),
     "skip_kv": ("level", "evict_when"),
@@ -70,19 +71,24 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """The methods, and the fields that each of them reads."""
 
 
-def build_plan(spec: PlanSpec, num_layers: int, model: str | None = None) -> SkipPlan:
+def build_plan(spec: PlanSpec, num_layers: int, model: str | None = None, own: SkipPlan | None = None) -> SkipPlan:
     """The plan that ``spec`` names, for a model of ``num_layers`` layers.
 
     Args:
         spec: method and fields.
         num_layers: the model's depth.
         model: its name in ``plans.presets``, for ``published``.
+        own: the plan that the checkpoint has; None: there is no checkpoint.
 
     Raises:
         ConfigError: an unknown method, a field that the method does not read, or values that make no plan; the message
             begins with the field's path.
     """
     given = _given(spec)
+    if spec.method == "own":
+        if own is None:
+            raise ConfigError("plan.method: 'own' is a checkpoint's plan, and here is none; name another method")
+        return own
     try:
         if spec.method == "file":
             return _from_file(spec.path).bind(num_layers)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama import LlamaConfig
 
-from skipvision_train.config.specs import ModelSpec, TrainConfig
+from skipvision_train.config.specs import ModelSpec, SkipSpec, TrainConfig
 from skipvision_train.errors import CheckpointError, ConfigError, PlanError
 from skipvision_train.models.configuration import SkipVisionConfig
-from skipvision_train.plans.methods import dense, skip_ffn
-from skipvision_train.plans.plan import SkipPlan
+from skipvision_train.plans.methods import dense, ffn_skip, skip_ffn, vskip
+from skipvision_train.plans.plan import SkipPlan, compose
 
 LLAMA3_IMAGE_TOKEN_ID = 128002
 """``<|reserved_special_token_0|>``; assumed where a dry run has no tokenizer."""
@@ -99,12 +100,51 @@ def resolve_plan(spec: str, depth: int) -> SkipPlan:
         raise ConfigError(f"model.plan: {error}") from error
 
 
+def skipped_layers(skip: SkipSpec, depth: int) -> tuple[int, ...]:
+    """The layers that ``stage.skip`` names, the first to be skipped first; empty where it names none.
+
+    Raises:
+        ConfigError: layers that a model of ``depth`` layers does not have.
+    """
+    if skip.count is not None:
+        if skip.count > depth:
+            raise ConfigError(f"stage.skip.count: {skip.count}; the model has {depth} layers, use 1 to {depth}")
+        return tuple(reversed(range(depth - skip.count, depth)))
+    layers = tuple(skip.layers or ())
+    if unknown := sorted(layer for layer in layers if layer >= depth):
+        raise ConfigError(f"stage.skip.layers: {unknown} do not exist; the model has layers 0 to {depth - 1}")
+    return layers
+
+
+def stage_plans(cfg: TrainConfig, depth: int) -> tuple[SkipPlan, ...]:
+    """The plans that a stage goes through: entry k skips the first k layers of ``stage.skip`` beside ``model.plan``.
+
+    The last one is the plan that the finished model carries.
+
+    Raises:
+        ConfigError: ``model.plan`` or ``stage.skip`` does not fit the depth, or they contradict each other.
+    """
+    base, layers = resolve_plan(cfg.model.plan, depth), skipped_layers(cfg.stage.skip, depth)
+    return (base, *(_beside(base, cfg.stage.skip, layers[:k]) for k in range(1, len(layers) + 1)))
+
+
+def _beside(base: SkipPlan, skip: SkipSpec, layers: Sequence[int]) -> SkipPlan:
+    """``base`` and what ``skip`` leaves out, in ``layers``."""
+    attention, ffn = vskip(layers, skip.bypass), ffn_skip(layers)
+    plans = {"attention": [attention], "ffn": [ffn], "both": [attention, ffn]}[skip.part]
+    try:
+        plan = compose([base, *plans], " + ".join(plan.name for plan in plans) if base.is_dense else None)
+    except PlanError as error:
+        raise ConfigError(f"stage.skip: beside model.plan {base.name}: {error}") from error
+    return dataclasses.replace(plan, provenance=base.provenance)
+
+
 def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> SkipVisionConfig:
-    """Everything ``config.json`` of the stage's model will hold.
+    """Everything ``config.json`` of the stage's finished model will hold.
 
     Raises:
         ConfigError: the tokenizer does not fit the vocabulary, the plan needs more registers than the reducer has, or
-            what :func:`text_config`, :func:`resolve_plan` and :func:`image_token_id` raise.
+            what :func:`text_config`, :func:`stage_plans` and :func:`image_token_id` raise.
     """
     text = text_config(cfg)
     if tokenizer is not None and len(tokenizer) > text.vocab_size:
@@ -112,7 +152,7 @@ def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) ->
             f"model.text.vocab_size: {text.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
         )
     token = image_token_id(tokenizer, cfg.model.image_token)
-    plan = resolve_plan(cfg.model.plan, text.num_hidden_layers)
+    plan = stage_plans(cfg, text.num_hidden_layers)[-1]
     try:
         return SkipVisionConfig(
             text_config=text,

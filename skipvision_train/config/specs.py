@@ -137,6 +137,26 @@ class RatesSpec:
 
 
 @dataclass
+class SkipSpec:
+    """Layers in which visual tokens leave out a sublayer, beside what ``model.plan`` leaves out; by default none.
+
+    What V-Skip leaves to future work: the model is trained under the bypass that it will run under.
+    """
+
+    layers: list[int] | None = None
+    """These layers; with ``widen`` they begin to skip in this order."""
+    count: int | None = None
+    """Instead of ``layers``: the deepest so many; with ``widen`` the deepest begins."""
+    part: str = "attention"
+    """What is left out: attention (V-Skip), ffn (FFN-Skip) or both (ShortV)."""
+    bypass: str = "zero"
+    """What replaces a skipped attention: zero, or norm, the normed layer input."""
+    widen: list[float] | None = None
+    """[start, end], shares of the stage's steps: from none at ``start`` to all layers from ``end`` on, one after the
+    other at equal distances. null skips all of them from the first step."""
+
+
+@dataclass
 class StageSpec:
     """What trains, how fast, and from where."""
 
@@ -149,6 +169,8 @@ class StageSpec:
     """Chat template; ``plain`` is image, caption, end."""
     lr: RatesSpec = field(default_factory=RatesSpec)
     """Learning rates; at least one part must train."""
+    skip: SkipSpec = field(default_factory=SkipSpec)
+    """Layers that the model learns to skip; they are part of the plan that the stage's model carries."""
     schedule: str = "cosine"
     """cosine, linear or constant, after the warm-up."""
     warmup_ratio: float = 0.03

@@ -7,10 +7,19 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from skipvision_train.config.specs import DeepSpeedSpec, ModelSpec, StageSpec, TextSpec, TrainConfig, TrainerSpec
+from skipvision_train.config.specs import (
+    DeepSpeedSpec,
+    ModelSpec,
+    SkipSpec,
+    StageSpec,
+    TextSpec,
+    TrainConfig,
+    TrainerSpec,
+)
 from skipvision_train.errors import ConfigError, DataError, PlanError
 
 PLAN_NAMES = ("dense", "skip_ffn")
+SKIP_PARTS = ("attention", "ffn", "both")
 OWNED_BY_THE_RUN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -35,8 +44,11 @@ def validate(cfg: TrainConfig, world_size: int) -> None:
         ConfigError: the first rule that does not hold.
     """
     _check_text(cfg.model.text)
-    _check_model(cfg.model)
+    # A checkpoint says its depth itself; what needs it is checked where it is read.
+    depth = cfg.model.text.num_hidden_layers if cfg.model.llm is None and cfg.stage.start_from is None else None
+    _check_model(cfg.model, depth)
     _check_stage(cfg.stage)
+    _check_skip(cfg.stage.skip, depth)
     _check_data(cfg)
     _check_trainer(cfg.trainer, world_size)
     if cfg.deepspeed is not None:
@@ -117,7 +129,7 @@ def _check_text(text: TextSpec) -> None:
         )
 
 
-def _check_model(model: ModelSpec) -> None:
+def _check_model(model: ModelSpec, depth: int | None) -> None:
     from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, SkipVisionConfig, VisionConfig
     from skipvision_train.plans.plan import SkipPlan
 
@@ -142,8 +154,8 @@ def _check_model(model: ModelSpec) -> None:
         raise ConfigError(f"model.plan: {model.plan!r} is neither {' nor '.join(PLAN_NAMES)} nor a plan file")
     try:
         plan = SkipPlan.load(model.plan)
-        if model.llm is None:
-            plan.bind(model.text.num_hidden_layers)
+        if depth is not None:
+            plan.bind(depth)
     except PlanError as error:
         raise ConfigError(f"model.plan: {error}") from error
 
@@ -166,6 +178,35 @@ def _check_stage(stage: StageSpec) -> None:
         raise ConfigError(f"stage.warmup_ratio: {stage.warmup_ratio} is out of range; use 0 to less than 1")
     _at_least("stage.weight_decay", stage.weight_decay, 0)
     _at_least("stage.max_grad_norm", stage.max_grad_norm, 0)
+
+
+def _check_skip(skip: SkipSpec, depth: int | None) -> None:
+    from skipvision_train.config.resolve import skipped_layers
+    from skipvision_train.plans.rules import BYPASSES
+
+    if skip.layers is None and skip.count is None:
+        if skip != SkipSpec():
+            raise ConfigError("stage.skip: names no layers; give stage.skip.layers=[...] or stage.skip.count=N")
+        return
+    if skip.layers is not None and skip.count is not None:
+        raise ConfigError(f"stage.skip.layers: {skip.layers} with stage.skip.count {skip.count}; give one of them")
+    _at_least("stage.skip.count", skip.count, 1)
+    if skip.layers is not None:
+        if not skip.layers:
+            raise ConfigError("stage.skip.layers: [] names no layer; name some, or use null")
+        if len(set(skip.layers)) != len(skip.layers):
+            raise ConfigError(f"stage.skip.layers: {skip.layers} name a layer twice")
+        _at_least("stage.skip.layers", min(skip.layers), 0)
+    if depth is not None:
+        skipped_layers(skip, depth)
+    _one_of("stage.skip.part", skip.part, SKIP_PARTS)
+    _one_of("stage.skip.bypass", skip.bypass, BYPASSES)
+    if skip.part == "ffn" and skip.bypass != "zero":
+        raise ConfigError(f"stage.skip.bypass: {skip.bypass} replaces an attention; stage.skip.part=ffn skips none")
+    if skip.widen is not None and not (len(skip.widen) == 2 and 0 <= skip.widen[0] < skip.widen[1] <= 1):
+        raise ConfigError(
+            f"stage.skip.widen: {skip.widen}; use [start, end], two shares of the steps with 0 <= start < end <= 1"
+        )
 
 
 def _check_data(cfg: TrainConfig) -> None:

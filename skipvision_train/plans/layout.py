@@ -97,6 +97,10 @@ class TokenLayout:
         """A copy on another device."""
         return self._each(lambda part: part.to(device))
 
+    def repeat(self, rows: int) -> TokenLayout:
+        """A layout of one row, ``rows`` times."""
+        return self._each(lambda part: part.expand(rows, -1))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""The metrics file of a run."""
+"""What happens between steps: the metrics file of a run, and the plan that the model is trained under."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.training.plan_schedule import PlanSchedule
 
 
 class MetricsFile(TrainerCallback):
@@ -47,6 +50,37 @@ class MetricsFile(TrainerCallback):
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ScheduledPlan(TrainerCallback):
+    """Keep the model, and the configuration that is saved with it, under the schedule's plan of the steps done.
+
+    Set when training begins or continues, and after each optimizer step: all forward passes of a step, and the
+    recomputation in its backward passes, run under one plan, and ``checkpoint-N`` carries the plan of step N.
+
+    Args:
+        model: the model itself, not an engine around it.
+        schedule: which plan when.
+    """
+
+    def __init__(self, model: SkipVisionForConditionalGeneration, schedule: PlanSchedule) -> None:
+        self.model, self.schedule = model, schedule
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the plan of the first step to come."""
+        self._set(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set the plan of the next step; after the last one, the final plan."""
+        self._set(state)
+
+    def _set(self, state: TrainerState) -> None:
+        plan = self.schedule.plan_at(state.global_step, state.max_steps)
+        if plan != self.model.plan:
+            self.model.set_plan(plan)
+            self.model.config.skip_plan = None if plan.is_dense else plan.to_dict()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from skipvision_train.config.specs import StageSpec, TrainConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.layout import IGNORE_INDEX
 from skipvision_train.training.batching import BatchArithmetic, EpochSampler
-from skipvision_train.training.callbacks import MetricsFile
+from skipvision_train.training.callbacks import MetricsFile, ScheduledPlan
 from skipvision_train.training.checkpoints import (
     FINISHED,
     MARKER,
@@ -33,6 +33,7 @@ from skipvision_train.training.checkpoints import (
     writing,
 )
 from skipvision_train.training.deepspeed_config import render
+from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.stages import parameter_groups
 
 METRICS = "metrics.jsonl"
@@ -124,6 +125,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.cfg, self.parts, self.arithmetic = cfg, parts, arithmetic
         self.sampler = EpochSampler(len(parts.dataset), arithmetic.global_batch, cfg.trainer.seed)  # type: ignore[arg-type]
+        self.schedule = PlanSchedule.of(cfg, parts.model.plan.num_layers)
         self.run_dir = Path(cfg.trainer.output_dir)
         self._rates: dict[str, float] = {}
         self._tokens = torch.zeros((), dtype=torch.long)
@@ -133,7 +135,7 @@ class StageTrainer(Trainer):
             args=training_arguments(cfg, arithmetic),
             data_collator=parts.collator,
             train_dataset=parts.dataset,
-            callbacks=[MetricsFile(self.run_dir / METRICS), *callbacks],
+            callbacks=[MetricsFile(self.run_dir / METRICS), ScheduledPlan(parts.model, self.schedule), *callbacks],
         )
 
     @property
@@ -173,12 +175,14 @@ class StageTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add rates per part, supervised tokens and speed since the last line."""
+        """Add rates per part, supervised tokens and speed since the last line, and how many layers that step skipped."""
         if "loss" in logs:
             now = time.perf_counter()
             step, before = self._last_log or (self.state.global_step - 1, now)
             logs.pop("learning_rate", None)
             logs |= {f"lr/{part}": rate for part, rate in self._rates.items()}
+            if self.schedule.layers:
+                logs["skip/layers"] = self.schedule.skipped(self.state.global_step - 1, self.state.max_steps)
             logs["supervised_tokens"] = int(self._tokens)
             if now > before:
                 samples = (self.state.global_step - step) * self.arithmetic.global_batch

@@ -8,17 +8,30 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from PIL import Image
 
+from skipvision_train.analysis.calibration_report import (
+    Calibration,
+    budgets_for,
+    layer_table,
+    read_calibration,
+    section,
+    skipped_by_budget,
+)
 from skipvision_train.analysis.report import (
     ReportInputs,
     choose_examples,
     picture_uri,
     read_metrics,
-    read_profile,
     render_report,
 )
+from skipvision_train.calibration.curves import Curve, Point
+from skipvision_train.calibration.scores import ScoreTable
+from skipvision_train.calibration.search import Estimate
+from skipvision_train.commands import report
 from skipvision_train.errors import DataError
+from skipvision_train.evaluation.metrics import Accuracy
 from skipvision_train.evaluation.results import EvaluationResult, Prediction, Scores
 from skipvision_train.plans import vskip
 
@@ -59,9 +72,7 @@ class Pictures:
 def inputs(evaluation_factory):
     own = evaluation_factory()
     other = evaluation_factory(right=4, plan=vskip([2]).bind(3), blind=None, timing=None)
-    return ReportInputs(
-        "A title", LOSSES, own, {"V-Skip": other}, {"vskip": {"scores": [0.5, 0.1, 0.0], "layers": [2]}}
-    )
+    return ReportInputs("A title", LOSSES, own, {"V-Skip": other}, {"vskip": Calibration([0.5, 0.1, 0.0], [2])})
 
 
 def test_page_holds_every_picture_and_no_link_out(inputs):
@@ -69,8 +80,8 @@ def test_page_holds_every_picture_and_no_link_out(inputs):
     html = render_report(inputs, pictures)
     page = Page(html)
     links = page.links()
-    # Two losses, the bars and the profile in two themes each, and one picture per example.
-    assert len(links) == 2 * 4 + 12
+    # Two losses, the bars, the profile and the skip map in two themes each, and one picture per example.
+    assert len(links) == 2 * 5 + 12
     assert len(pictures.asked) == len(set(pictures.asked)) == 12
     for link in links:
         head, content = link.split(",", 1)
@@ -110,6 +121,7 @@ def test_a_bare_evaluation_is_enough(evaluation_factory):
     assert "Training" not in html
     assert "Held-out" not in html
     assert "Blind" not in html
+    assert "Calibration" not in html
 
 
 def test_examples_mix_tasks_and_verdicts(evaluation_factory):
@@ -167,7 +179,7 @@ def test_bad_evaluation_files_are_named(content, tmp_path):
         EvaluationResult.load(path)
 
 
-def test_metrics_and_profile_files(tmp_path):
+def test_metrics_files(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(DataError, match="no such file"):
         read_metrics(path)
@@ -176,6 +188,130 @@ def test_metrics_and_profile_files(tmp_path):
         read_metrics(path)
     path.write_text('{"step": 1, "loss": 2.0}\n')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
-    (tmp_path / "vig.json").write_text('{"scores": []}')
-    with pytest.raises(DataError, match="layers"):
-        read_profile(tmp_path / "vig.json")
+
+
+def table(strategy="vig", factor=1.0):
+    """Three layers, two samples of one task and one of another."""
+    values = torch.tensor([[0.4, 0.2, 0.3], [0.03, 0.01, 0.5], [0.0, 0.0, 0.0]], dtype=torch.float64) * factor
+    return ScoreTable(strategy, "zero", values, ("a", "b", "c"), ("colour", "colour", "count"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A calibration's folder with everything in it."""
+    path = tmp_path / "calibration"
+    path.mkdir()
+    point = Point(1, Estimate(0.1, 0.05, 0.2), Accuracy(0.5, 0.4, 0.6, 10), 0.9)
+    curves = [Curve(name, (point,)) for name in ("V-Skip", "V-Skip random 0", "V-Skip random 1")]
+    contents = {
+        "vig": {"scores": [0.3, 0.18, 0.0], "layers": [2], "threshold": 0.1, "plan": "V-Skip"},
+        "scores": table().to_dict(),
+        "scores_vig_ffn": table("vig_ffn", 2.0).to_dict(),
+        "seeds": {"scores": [[0.3, 0.2, 0.0], [0.4, 0.1, 0.0]], "layers": [[2], [2]]},
+        "curves": {"curves": [curve.to_dict() for curve in curves]},
+        "transfer": {
+            "calibrated_on": ["colour", "universal"],
+            "evaluated_on": ["colour"],
+            "kl": [[0.1], [None]],
+            "accuracy": [[0.5], [0.6]],
+        },
+    }
+    for name, content in contents.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def test_a_calibration_shows_what_its_folder_holds(folder, evaluation_factory):
+    calibration = read_calibration(folder)
+    assert list(calibration.tables) == ["vig", "vig_ffn"]
+    assert [curve.name for curve in calibration.curves] == ["V-Skip", "V-Skip random"]
+    heads = ["Score per layer and task, MME", "Loss per layer", "Layers that skip", "Scores per layer over seeds"]
+    heads += ["KL and accuracy over the number", "KL and accuracy over FLOPs", "Transfer, kl", "Transfer, accuracy"]
+
+    inputs = ReportInputs("t", {}, evaluation_factory(), {}, {"MME": calibration}, examples=0)
+    html = render_report(inputs, Pictures())
+    pictures = [attrs["alt"] for tag, attrs in Page(html).tags if tag == "img"][1:]  # after the bars of the accuracy
+    assert all(alt.startswith(head) for alt, head in zip(pictures, heads, strict=True))
+    assert len(Page(html).links()) == 2 * (1 + len(heads))
+    assert not re.search(r"https?://|@import|url\(", html)
+    text = " ".join(" ".join(Page(html).text).split())
+    assert "Scores of the 3 layers layer score colour count 0 3.00e-01" in text
+    assert re.search(r"2 0\.00e\+00 0\.0e\+00 \S 0\.0e\+00 0\.00e\+00 0\.00e\+00 skipped", text)
+
+
+def test_numbers_of_the_layers(folder):
+    rows = layer_table(read_calibration(folder))["rows"]
+    assert [row["score"] for row in rows] == ["3.00e-01", "1.80e-01", "0.00e+00"]
+    assert rows[0]["tasks"] == ["3.00e-01", "3.00e-01"]  # (0.4 + 0.2) / 2 and 0.3
+    assert rows[1]["tasks"] == ["2.00e-02", "5.00e-01"]
+    assert rows[0]["interval"] == ["1.9e-01", "4.1e-01"]  # 0.3 and 1.96 * 0.1 / sqrt(3) on both sides
+    assert [row["skipped"] for row in rows] == [False, False, True]
+
+
+def test_an_interval_is_shown_for_the_mean_over_samples_alone(folder):
+    """The plan of a mean over tasks, (0.3 + 0.3) / 2 and (0.02 + 0.5) / 2, has scores of its own."""
+    (folder / "vig.json").write_text('{"scores": [0.3, 0.26, 0.0], "layers": [2]}')
+    assert [row["interval"] for row in layer_table(read_calibration(folder))["rows"]] == [[], [], []]
+
+
+def test_a_profile_alone_is_enough(folder):
+    calibration = read_calibration(folder / "vig.json")
+    assert calibration == Calibration([0.3, 0.18, 0.0], [2], 0.1)
+    shown = section("x", calibration)
+    assert [figure["alt"] for figure in shown["figures"]] == ["Score per layer, x", "Layers that skip, by budget"]
+    assert shown["columns"] == ["layer", "score", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vig.json", '{"scores": []}', "the field 'layers' is missing"),
+        ("vig.json", "[1]", "not what a calibration writes"),
+        ("scores.json", '{"strategy": "vig"}', "the field 'values' is missing"),
+        (
+            "scores_vig_ffn.json",
+            json.dumps(table().to_dict() | {"values": [[1.0, 2.0, 3.0]]}),
+            "3 layers and 3 samples",
+        ),
+        ("seeds.json", '{"scores": [[1, 2]], "layers": [[0]]}', "needs 3 scores"),
+        ("scores.json", json.dumps(table("mine").to_dict()), "'mine' is unknown"),
+        ("curves.json", '{"curves": [{"name": "V-Skip"}]}', "the field 'points' is missing"),
+        ("transfer.json", '{"calibrated_on": ["a"], "evaluated_on": ["a"], "kl": [[1, 2]]}', "1 rows and 1 columns"),
+    ],
+)
+def test_bad_calibration_files_are_named(folder, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_calibration(folder)
+    assert str(error.value).startswith(str(folder / name))
+
+
+def test_a_folder_without_a_profile_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"vig\.json: no such file"):
+        read_calibration(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("depth", "budgets"), [(32, [5, 10, 15, 20]), (12, [3, 6, 9]), (4, [1, 2, 3]), (3, [1, 2]), (2, [1]), (1, [])]
+)
+def test_budgets_fit_the_depth(depth, budgets):
+    assert budgets_for(depth) == budgets
+
+
+def test_layers_by_budget():
+    scores = {"colour": [0.3, 0.1, 0.2, 0.0], "count": [0.0, 0.0, 0.2, 0.1]}
+    chosen = skipped_by_budget(scores, [1, 3])
+    assert chosen == {1: {"colour": (3,), "count": (0,)}, 3: {"colour": (1, 2, 3), "count": (0, 1, 3)}}
+
+
+def test_calibrations_are_called_by_their_folders(evaluation_factory, tmp_path):
+    evaluation_factory(blind=None, timing=None).save(tmp_path / "evaluation.json")
+    folders = [tmp_path / "a" / "vskip", tmp_path / "b" / "vskip", tmp_path / "b" / "other"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "vig.json").write_text('{"scores": [0.0], "layers": [0]}')
+    page = tmp_path / "report.html"
+    paths = [str(folders[0]), str(folders[1]), str(folders[2] / "vig.json")]
+    report.run(report.Config(output=str(page), evaluations=[str(tmp_path)], vig=paths, examples=0))
+    names = re.findall(r"<h3[^>]*>(.*?)</h3>", page.read_text())
+    assert names == [paths[0], paths[1], "other"]

@@ -1,16 +1,21 @@
 """evaluate, calibrate, generate and report, one after the other, on a tiny saved model."""
 
-import hashlib
 import json
 import math
+import re
 
 import pytest
 
+from skipvision_train.calibration.subject import model_hash
+from skipvision_train.cli import run_command
 from skipvision_train.commands import calibrate, evaluate, generate, report
-from skipvision_train.errors import CheckpointError, ConfigError, PlanError
+from skipvision_train.config.calibration import BudgetSpec, StrategySpec
+from skipvision_train.config.plans import PlanSpec
+from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.evaluation.evaluate import predict
 from skipvision_train.evaluation.results import EvaluationResult
-from skipvision_train.plans import VISUAL, SkipPlan, TokenKind, dense, skip_ffn, vskip
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.plans import VISUAL, SkipPlan, TokenKind, skip_ffn, vskip
 
 
 @pytest.fixture
@@ -19,9 +24,11 @@ def settings(checkpoint, data, tmp_path):
 
 
 def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
-    calibrate.run(calibrate.Config(**settings, output=str(tmp_path / "vskip"), samples=5, task="colour", layers=2))
+    calibrate.run(
+        calibrate.Config(**settings, output=str(tmp_path / "vskip"), samples=5, task="colour", budget=BudgetSpec(2))
+    )
     text = capsys.readouterr().out
-    assert text.count("e-0") + text.count("e+0") == 3  # a line per layer
+    assert len(re.findall(r"^ +\d+ +\d\.\d{4}e", text, flags=re.M)) == 3  # a line per layer
     assert text.count("  skipped\n") == 2
 
     plan = SkipPlan.load(tmp_path / "vskip" / "plan.json")
@@ -37,7 +44,7 @@ def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
     assert vig["scores"][vig["layers"][0]] <= max(vig["scores"])
     facts = plan.provenance
     assert facts["scores"] == vig["scores"]
-    assert facts["config_sha256"] == hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    assert facts["model_hash"] == model_hash(SkipVisionForConditionalGeneration.from_pretrained(checkpoint))
     assert len(set(facts["records"])) == 5
     assert all(name.startswith("tiny/c") for name in facts["records"])
     assert (facts["seed"], facts["task"], facts["base_plan"]) == (0, "colour", "skip_ffn")
@@ -48,7 +55,10 @@ def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
     text = capsys.readouterr().out
     assert [line.split()[0] for line in text.splitlines()[:6]] == ["task", "colour", "count", "pair", "words", "mean"]
     skipping = evaluate.Config(
-        **settings, output=str(tmp_path / "other"), plan=str(tmp_path / "vskip" / "plan.json"), batch_size=5
+        **settings,
+        output=str(tmp_path / "other"),
+        plan=PlanSpec("file", path=str(tmp_path / "vskip" / "plan.json")),
+        batch_size=5,
     )
     evaluate.run(skipping)
     result = EvaluationResult.load(tmp_path / "own" / "evaluation.json")
@@ -88,17 +98,11 @@ def test_evaluation_of_a_saved_model_is_that_of_the_model(settings, model, proce
 def test_calibration_is_reproducible(settings, tmp_path):
     plans = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        calibrate.run(calibrate.Config(**settings, output=str(tmp_path / name), samples=4, seed=seed, batch_size=3))
+        calibrate.run(calibrate.Config(**settings, output=str(tmp_path / name), samples=4, seed=seed))
         plans.append(SkipPlan.load(tmp_path / name / "plan.json"))
     assert plans[0].to_dict() == plans[1].to_dict()
     assert plans[0].provenance["records"] != plans[2].provenance["records"]
     assert len(plans[0].layers_without_attention()) == 1  # half of 3
-
-
-def test_dense_model_gets_a_plain_vskip_plan():
-    plan = calibrate.combine(dense().bind(4), (1, 3), "norm", {"seed": 1})
-    assert plan == SkipPlan("V-Skip", vskip((1, 3), "norm").bind(4).rules)
-    assert plan.provenance == {"seed": 1}
 
 
 def test_limit_draws_per_task(records):
@@ -129,7 +133,9 @@ def test_generate_under_another_plan_and_with_a_system_message(settings, capsys)
     answers = []
     for extra in ({}, {"system": "Be brief."}):
         generate.run(
-            generate.Config(checkpoint=settings["checkpoint"], prompt="Hello", plan="dense", max_new_tokens=8, **extra)
+            generate.Config(
+                checkpoint=settings["checkpoint"], prompt="Hello", plan=PlanSpec("dense"), max_new_tokens=8, **extra
+            )
         )
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
@@ -143,12 +149,11 @@ def test_generate_under_another_plan_and_with_a_system_message(settings, capsys)
         (evaluate, {"limit": 0}, ConfigError, "limit: 0"),
         (evaluate, {"precision": "int8"}, ConfigError, "precision: 'int8'"),
         (evaluate, {"device": "abacus"}, ConfigError, "device: 'abacus'"),
-        (evaluate, {"plan": "nothing.json"}, PlanError, "no such plan file"),
-        (calibrate, {"task": "smell"}, ConfigError, "colour, count, pair, words"),
-        (calibrate, {"samples": 15}, ConfigError, "only 14 records"),
-        (calibrate, {"layers": 4, "samples": 2}, ConfigError, "layers: 4"),
-        (calibrate, {"layers": 0, "samples": 2}, ConfigError, "layers: 0"),
-        (calibrate, {"bypass": "one"}, ConfigError, "bypass: 'one'"),
+        (evaluate, {"plan": PlanSpec("file", path="nothing.json")}, ConfigError, "no such plan file"),
+        (calibrate, {"task": "smell"}, ConfigError, "there are colour, count, pair"),
+        (calibrate, {"samples": 15}, ConfigError, "samples: 15"),
+        (calibrate, {"budget": BudgetSpec(4), "samples": 2}, ConfigError, "budget.count: 4; the model has 3"),
+        (calibrate, {"strategy": StrategySpec(bypass="one")}, ConfigError, "strategy.bypass: 'one'"),
     ],
 )
 def test_mistakes_are_named(command, changes, error, message, settings, tmp_path):
@@ -160,8 +165,20 @@ def test_mistakes_are_named(command, changes, error, message, settings, tmp_path
 
 def test_plan_of_another_depth(settings, tmp_path):
     vskip([1]).bind(5).save(tmp_path / "deep.json")
-    with pytest.raises(PlanError, match="5 layers, the model has 3"):
-        evaluate.run(evaluate.Config(**settings, output=str(tmp_path), plan=str(tmp_path / "deep.json")))
+    spec = PlanSpec("file", path=str(tmp_path / "deep.json"))
+    with pytest.raises(ConfigError, match="5 layers, the model has 3"):
+        evaluate.run(evaluate.Config(**settings, output=str(tmp_path), plan=spec))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["plan={file}"], ["plan=file", "plan.path={file}"], ["plan=vskip", "plan.layers=[1]"]]
+)
+def test_plans_on_the_command_line(settings, tmp_path, overrides):
+    vskip([1]).save(tmp_path / "plan.json")
+    overrides = [override.format(file=tmp_path / "plan.json") for override in overrides]
+    given = [f"{key}={value}" for key, value in settings.items()]
+    run_command("evaluate", [*given, f"output={tmp_path / 'out'}", "limit=2", *overrides])
+    assert EvaluationResult.load(tmp_path / "out" / "evaluation.json").plan == vskip([1]).bind(3)
 
 
 def test_report_needs_an_evaluation(tmp_path):

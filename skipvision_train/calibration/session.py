@@ -1,0 +1,261 @@
+"""One calibration from drawn samples to chosen plans; what ``skipvision calibrate`` runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skipvision_train.adapters.apply import visual_token_ids
+from skipvision_train.adapters.prompts import PromptReader
+from skipvision_train.calibration import search
+from skipvision_train.calibration.ranks import Ranks
+from skipvision_train.calibration.samples import Sample, draw, prompt_samples, record_samples, subtask
+from skipvision_train.calibration.scores import STRATEGIES, ScoreTable, check_finite, layer_values, random_ranks
+from skipvision_train.calibration.subject import load_subject, model_hash
+from skipvision_train.calibration.sweep import SweepOptions
+from skipvision_train.data.records import Record
+from skipvision_train.errors import ConfigError
+from skipvision_train.evaluation.results import write_json
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.plans.executor import find_decoder
+from skipvision_train.plans.methods import dense
+from skipvision_train.plans.plan import SkipPlan, compose
+from skipvision_train.plans.rules import DENSE_RULE, TokenKind
+
+if TYPE_CHECKING:
+    from skipvision_train.commands.calibrate import Config
+
+log = logging.getLogger(__name__)
+
+UNIVERSAL = ""
+"""The key of the plan for every task."""
+
+
+@dataclass
+class Session:
+    """A model, the drawn records, and this process's share of the samples.
+
+    Attributes:
+        cfg: the settings.
+        ranks: which process this is.
+        model: under ``base``.
+        model_hash: tells models apart.
+        base: the plan that holds besides; ours as it was trained, dense for others.
+        ids, tasks: of all samples, in order.
+        own: this process's samples.
+        drawn: per draw, the ids of its samples.
+        kind_counts: positions of each kind, mean over this process's samples.
+    """
+
+    cfg: Config
+    ranks: Ranks
+    model: PreTrainedModel
+    model_hash: str
+    base: SkipPlan
+    ids: tuple[str, ...]
+    tasks: tuple[str, ...]
+    own: list[Sample]
+    drawn: list[list[str]]
+    kind_counts: dict[TokenKind, float]
+
+    @classmethod
+    def open(cls, cfg: Config, ranks: Ranks, records: Sequence[Record]) -> Session:
+        """Draw from ``records``, load the model, and make this process's samples.
+
+        Raises:
+            ConfigError: too few records, an unknown task, or a depth that the budget exceeds.
+            CheckpointError: the model cannot be loaded.
+            DataError: a record without an image, or with a broken one.
+        """
+        draws = [draw_once(cfg, records, cfg.seed + i) for i in range(cfg.draws)]
+        union = list({record_id(r): r for drawn in draws for r in drawn}.values())
+        loaded: tuple[Any, Any, bool] = load_subject(cfg.checkpoint, cfg.device, cfg.precision)
+        model, processor, is_ours = loaded
+        depth = len(find_decoder(model).layers)
+        base = model.plan if is_ours else dense().bind(depth)
+        check_budget(cfg, depth)
+        make: Any = record_samples if is_ours else prompt_samples
+        own = make(model, processor, ranks.share(union), cfg.positions)
+        return cls(
+            cfg,
+            ranks,
+            model,
+            model_hash(model),
+            base,
+            tuple(map(record_id, union)),
+            tuple(map(subtask, union)),
+            own,
+            [[record_id(r) for r in drawn] for drawn in draws],
+            mean_kinds(model, own, cfg.image_token_id) if own else {},
+        )
+
+    # --- scoring ---------------------------------------------------------------------------------------------------
+
+    def score(self, strategy: str | None = None, base: SkipPlan | None = None, resume: bool = True) -> ScoreTable:
+        """The scores of all samples, from all processes; goes on with what an interrupted run has left behind.
+
+        Raises:
+            ConfigError: a score that is no number.
+        """
+        name, base = strategy or self.cfg.strategy.name, base or self.base
+        store = Partial(Path(self.cfg.output) / "partial.json", self._key(name, base)) if resume else None
+        bar = ProgressBar(self.ranks.rank == 0)
+        options = SweepOptions(
+            image_token_id=self.cfg.image_token_id,
+            max_rows=self.cfg.max_rows,
+            done=store.read() if store else None,
+            keep=store.keep if store and self.ranks.rank == 0 else None,
+            progress=bar,
+            exchange=self.ranks.join,
+        )
+        if STRATEGIES[name].divergence is None:
+            values = random_ranks(base.num_layers, self.cfg.seed)[:, None].repeat(1, len(self.ids))
+        else:
+            values = layer_values(self.model, self.own, name, self.cfg.strategy.bypass, base, options)
+        bar.close()
+        check_finite(values, self.ids)
+        if store and self.ranks.rank == 0:
+            store.remove()
+        return ScoreTable(name, self.cfg.strategy.bypass, values, self.ids, self.tasks)
+
+    def _key(self, strategy: str, base: SkipPlan) -> dict[str, Any]:
+        cfg = self.cfg
+        return {
+            "model": self.model_hash,
+            "base": base.to_dict(),
+            "strategy": strategy,
+            "bypass": cfg.strategy.bypass,
+            "positions": cfg.positions,
+            "samples": list(self.ids),
+        }
+
+    # --- choosing --------------------------------------------------------------------------------------------------
+
+    def choose(self, table: ScoreTable) -> dict[str, SkipPlan]:
+        """The universal plan (under ``""``) and, for a bank, one per task."""
+        cfg = self.cfg
+        if cfg.strategy.search != "top":
+            return {UNIVERSAL: self._searched(cfg.strategy.search)}
+        tasks = sorted(set(self.tasks)) if cfg.bank else []
+        scores: dict[str, Tensor] = {task: table.mean(task) for task in tasks}
+        scores[UNIVERSAL] = search.universal(table, cfg.universal) if cfg.bank else table.mean()
+        return {task: self.plan(search.count_for(own, cfg.budget.layers())) for task, own in scores.items()}
+
+    def plan(self, layers: Sequence[int]) -> SkipPlan:
+        """The base plan with the strategy's rule in ``layers``."""
+        rule = STRATEGIES[self.cfg.strategy.name].rule(self.cfg.strategy.bypass)
+        added = SkipPlan("V-Skip", tuple(rule if i in layers else DENSE_RULE for i in range(self.base.num_layers)))
+        if rule.no_ffn:
+            added = replace(added, name=self.cfg.strategy.name)
+        name = added.name if self.base.is_dense else f"{self.base.name} + {added.name}"
+        return compose([self.base, added], name)
+
+    def _searched(self, how: str) -> SkipPlan:
+        strategy, budget = self.cfg.strategy, self.cfg.budget
+        if how == "greedy":
+            rule = STRATEGIES[strategy.name].rule(strategy.bypass)
+            count = len(search.count_for([0.0] * self.base.num_layers, budget.layers()))
+            return search.greedy(lambda plan: self.score(base=plan, resume=False).mean(), self.base, rule, count).plan
+        parts = {"attention": "vig", "ffn": "vig_ffn"}
+        return search.joint(
+            lambda plan, part: self.score(parts[part], plan, resume=False).mean(),
+            self.base,
+            float(budget.flops or 0),
+            text_config=find_decoder(self.model).config,
+            kind_counts=self.kind_counts,
+            rules=search.part_rules(strategy.bypass),
+            rescore=strategy.rescore,
+        ).plan
+
+
+def record_id(record: Record) -> str:
+    """``<source>/<id>``: what a sample is called in tables and provenance."""
+    return f"{record.source}/{record.id}"
+
+
+def draw_once(cfg: Config, records: Sequence[Record], seed: int) -> list[Record]:
+    """One draw: ``samples`` records, for a bank of every task."""
+    if not cfg.bank:
+        return draw(records, cfg.samples, seed, subtask, cfg.task)
+    tasks = sorted({subtask(record) for record in records})
+    if tasks == [""]:
+        raise ConfigError("bank: the data name no tasks, so there is nothing to hold one plan each; leave bank out")
+    return [record for task in tasks for record in draw(records, cfg.samples, seed, subtask, task)]
+
+
+def check_budget(cfg: Config, depth: int) -> None:
+    """Refuse a count above the depth before anything is measured."""
+    if cfg.budget.count is not None and cfg.budget.count > depth:
+        raise ConfigError(f"budget.count: {cfg.budget.count}; the model has {depth} layers, use 0 to {depth}")
+
+
+def mean_kinds(model: Any, samples: Sequence[Sample], image_token_id: int | None) -> dict[TokenKind, float]:
+    """How many positions of each kind a sample has in the mean."""
+    totals = dict.fromkeys(TokenKind, 0.0)
+    for sample in samples:
+        ids = sample.inputs["input_ids"]
+        if isinstance(model, SkipVisionForConditionalGeneration):
+            kinds = model.token_kinds(ids, sample.inputs.get("attention_mask"))
+        else:
+            kinds = PromptReader(visual_token_ids(model, image_token_id)).kinds(ids)
+        for kind in TokenKind:
+            totals[kind] += int((kinds == kind).sum()) / len(samples)
+    return totals
+
+
+class Partial:
+    """The finished layers of a run that may be interrupted, in a file that names what they belong to."""
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self.path, self.key = path, dict(key)
+        self.layers: dict[str, list[float]] = {}
+
+    def read(self) -> dict[int, Tensor]:
+        """The finished layers of the same calibration; another one's are left aside."""
+        if not self.path.is_file():
+            return {}
+        found = json.loads(self.path.read_text())
+        if found["key"] != json.loads(json.dumps(self.key)):
+            log.info("%s belongs to another calibration; starting anew", self.path)
+            return {}
+        self.layers = found["layers"]
+        log.info("%s: going on after %d finished layers", self.path, len(self.layers))
+        return {int(layer): torch.tensor(values, dtype=torch.float64) for layer, values in self.layers.items()}
+
+    def keep(self, layer: int, values: Tensor) -> None:
+        """Note a finished layer."""
+        self.layers[str(layer)] = values.tolist()
+        write_json(self.path, {"key": self.key, "layers": self.layers})
+
+    def remove(self) -> None:
+        """The run is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+class ProgressBar:
+    """Layers done and the time that is left, on a terminal only."""
+
+    def __init__(self, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = partial(tqdm, desc="layers", unit="layer", disable=None if shown else True)
+        self._running: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._running is None:
+            self._running = self._bar(total=total)
+        self._running.update(done - self._running.n)
+
+    def close(self) -> None:
+        """Leave the line."""
+        if self._running is not None:
+            self._running.close()

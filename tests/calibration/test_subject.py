@@ -1,0 +1,138 @@
+"""What is calibrated: loading our model or one of transformers, and the hash that tells models apart."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_vlms import make_family
+from torch import nn
+
+from skipvision_train.calibration.samples import prompt_samples
+from skipvision_train.calibration.subject import load_subject, model_hash
+from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.plans import vskip
+
+
+@pytest.fixture
+def llava_directory(tmp_path):
+    family = make_family("llava")
+    family.model.save_pretrained(tmp_path / "llava")
+    family.processor.save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+@torch.no_grad()
+def test_a_directory_of_transformers_is_loaded(llava_directory, record):
+    model, processor, is_ours = load_subject(str(llava_directory), "cpu")
+    family = make_family("llava")
+    assert not is_ours
+    assert not model.training
+    (own,) = prompt_samples(family.model, family.processor, [record("w1", "w2")])
+    (loaded,) = prompt_samples(model, processor, [record("w1", "w2")])
+    torch.testing.assert_close(model(**loaded.inputs).logits, family.model(**own.inputs).logits, atol=0, rtol=0)
+    assert load_subject(str(llava_directory), "cpu", "bf16")[0].dtype == torch.bfloat16
+
+
+def test_a_directory_of_ours_is_loaded(own_model, own_processor, tmp_path):
+    own_model.save_pretrained(tmp_path / "ours")
+    own_processor.save_pretrained(tmp_path / "ours")
+    model, processor, is_ours = load_subject(str(tmp_path / "ours"), "cpu")
+    assert is_ours
+    assert not model.training
+    assert processor.tokens_per_image == own_processor.tokens_per_image
+    assert model_hash(model) == model_hash(own_model)
+
+
+def lose_a_tensor(directory):
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("lm_head.weight"))]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def cut_the_weights(directory):
+    whole = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+BROKEN = {
+    "has no config.json": lambda directory: (directory / "config.json").unlink(),
+    "is no model configuration": lambda directory: (directory / "config.json").write_text("{}"),
+    "Unrecognized configuration class": lambda directory: (directory / "config.json").write_text(
+        '{"model_type": "llama"}'
+    ),
+    "model type `nope`": lambda directory: (directory / "config.json").write_text('{"model_type": "nope"}'),
+    "no file named model.safetensors": lambda directory: (directory / "model.safetensors").unlink(),
+    "cannot be loaded": cut_the_weights,
+    "lacks lm_head.weight": lose_a_tensor,
+    "image processor": lambda directory: (directory / "processor_config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_directory_that_is_no_whole_model_is_refused(llava_directory, message):
+    BROKEN[message](llava_directory)
+    with pytest.raises(CheckpointError, match=r"checkpoint: .*llava") as caught:
+        load_subject(str(llava_directory), "cpu")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_cannot_work_are_refused(llava_directory):
+    with pytest.raises(ConfigError, match="precision: 'fp8' is unknown"):
+        load_subject(str(llava_directory), "cpu", "fp8")
+    with pytest.raises(ConfigError, match="device: 'abacus' is no device"):
+        load_subject(str(llava_directory), "abacus")
+
+
+# --- the hash ------------------------------------------------------------------------------------------------------
+
+
+def small_model(values=5000):
+    model = nn.Linear(values, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(values).float())
+    return model
+
+
+def test_the_hash_is_pinned():
+    """Banks on disk hold it: a change of the recipe makes every one of them a bank of another model."""
+    assert model_hash(small_model()) == "bb19666cc8a35cc14e54ccbc84869875129d0f702a923e64ba52fb4cb93c1599"
+
+
+@pytest.mark.parametrize("index", [0, 999, 2500, 4000, 4999])
+def test_the_hash_sees_values_at_both_ends_and_all_over(index):
+    model, former = small_model(), model_hash(small_model())
+    with torch.no_grad():
+        model.weight[0, index] += 1
+    assert model_hash(model) != former
+
+
+def test_the_hash_sees_names_shapes_and_precision():
+    model = nn.Sequential(small_model())
+    reshaped = small_model()
+    reshaped.weight = nn.Parameter(reshaped.weight.detach().reshape(2, 2500))
+    others = [small_model(), model, reshaped, small_model().to(torch.float64)]
+    assert len({model_hash(other) for other in others}) == 4
+
+
+def test_the_hash_does_not_depend_on_the_order_of_parts():
+    parts = {"a": small_model(10), "b": small_model(20)}
+    assert model_hash(nn.ModuleDict(parts)) == model_hash(nn.ModuleDict(dict(reversed(parts.items()))))
+
+
+def test_the_hash_outlives_saving_a_plan_and_another_layout_in_memory(own_model, tmp_path):
+    former = model_hash(own_model)
+    own_model.set_plan(vskip([0, 1]))
+    assert model_hash(own_model) == former
+    own_model.save_pretrained(tmp_path / "again")
+    assert model_hash(type(own_model).from_pretrained(tmp_path / "again")) == former
+    weight = own_model.language_model.lm_head.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert not weight.is_contiguous()
+    assert model_hash(own_model) == former
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_hash_of_other_models_outlives_saving(name, tmp_path):
+    model = make_family(name).model
+    model.save_pretrained(tmp_path / name)
+    assert model_hash(type(model).from_pretrained(tmp_path / name)) == model_hash(model)
