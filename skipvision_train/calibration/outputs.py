@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from skipvision_train.analysis.calibration_figures import seed_bands, skip_map, vig_by_task
+from skipvision_train.analysis.calibration_report import budgets_for
 from skipvision_train.analysis.figures import log_figures, to_png, vig_profile
 from skipvision_train.calibration import search
 from skipvision_train.calibration.bank import BankFacts, PlanBank
@@ -120,14 +121,14 @@ def figures(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) 
             unit=STRATEGIES[table.strategy].unit,
         )
         depth = session.base.num_layers
-        budgets = sorted({max(1, round(depth * share)) for share in (0.25, 0.5, 0.75)})
+        budgets = budgets_for(depth)
         orders = {task: search.rank_layers(table.mean(task)) for task in sorted(set(table.tasks))}
         found["skip_map"] = skip_map(
             {n: {task: sorted(order[:n]) for task, order in orders.items()} for n in budgets}, depth
         )
     if session.cfg.draws > 1:
         drawn = seeds(session, table)
-        found["seeds"] = seed_bands(drawn["scores"], drawn["layers"])
+        found["seeds"] = seed_bands(drawn["scores"], drawn["layers"], unit=STRATEGIES[table.strategy].unit)
     return found
 
 

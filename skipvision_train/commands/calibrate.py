@@ -30,7 +30,7 @@ class Config:
     data_root: str | None = None
     """Directory that the recipe's paths are relative to; null: the recipe file's own folder."""
     prompts: str | None = None
-    """Instead of a recipe: a JSONL file; a line has ``image`` or ``images``, ``prompt``, may have ``answer``, ``task``."""
+    """Instead of a recipe: a JSONL file; a line has ``image`` or ``images``, ``prompt``, maybe ``answer``, ``task``."""
     task: str | None = None
     """Calibrate on the records of this task alone; null takes all, evenly."""
     bank: bool = False

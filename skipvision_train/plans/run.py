@@ -293,8 +293,13 @@ def run_layer(layer: Any, rule: LayerRule, work: LayerWork, kernel: Kernel, hidd
         if work.silent is not None:
             tokens = add_rows(tokens, work.silent, normed.index_select(0, work.silent))
     active = tokens if work.ffn is None else tokens.index_select(0, work.ffn)
-    update = layer.mlp(layer.post_attention_layernorm(active)[None])[0]
-    tokens = tokens + update if work.ffn is None else add_rows(tokens, work.ffn, update)
+    active = active + layer.mlp(layer.post_attention_layernorm(active)[None])[0]
+    if work.ffn is None:
+        tokens = active
+    elif torch.is_grad_enabled():
+        tokens = tokens.index_copy(0, work.ffn, active.to(tokens.dtype))
+    else:  # nobody else holds what attention has just made: no copy of all rows for some of them
+        tokens.index_copy_(0, work.ffn, active.to(tokens.dtype))
     if work.rows is not None:
         tokens = whole.index_copy(0, work.rows, tokens.to(whole.dtype))
     return tokens.view_as(hidden)

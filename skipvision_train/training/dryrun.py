@@ -11,13 +11,16 @@ from typing import Any
 from torch import nn
 
 from skipvision_train.analysis.flops import connector_flops, sequence_flops, vision_flops
+from skipvision_train.config.resolve import skipped_layers
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.plans.methods import dense
+from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import BatchArithmetic
 from skipvision_train.training.checkpoints import flatten
 from skipvision_train.training.memory import estimate_memory
+from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.stages import PartReport, parameter_groups
 
 ASSUMED_TEXT_TOKENS = 128
@@ -68,13 +71,38 @@ def token_line(config: SkipVisionConfig) -> str:
     return f"{retained} retained, {local} local{last}, {summaries} summary{registers}"
 
 
-def flops_lines(config: SkipVisionConfig, counts: Mapping[TokenKind, int], images: int) -> list[str]:
-    """FLOPs of one sample's forward pass: the decoder dense and under the plan, and what stands before it.
+def schedule_lines(cfg: TrainConfig, schedule: PlanSchedule, steps: int | None) -> list[str]:
+    """Which layers ``stage.skip`` skips, and from when on; nothing where it names none.
+
+    Args:
+        cfg: the configuration that the schedule is of.
+        schedule: the stage's.
+        steps: of the stage; None where the data is unknown.
+    """
+    if not schedule.layers:
+        return []
+    names = ", ".join(map(str, skipped_layers(cfg.stage.skip, schedule.plans[0].num_layers)))
+    what = f"stage.skip: {cfg.stage.skip.part} for visual tokens in layers {names}"
+    if schedule.widen is None:
+        return [f"{what} from the first step on"]
+    lines = [f"{what}, one after the other from {schedule.widen[0]:.4g} to {schedule.widen[1]:.4g} of the steps"]
+    if steps is not None:
+        changes = (f"{k} from step {first}" for k, first in enumerate(schedule.first_steps(steps)))
+        lines.append(f"layers skipped: {', '.join(changes)}, of {steps} steps")
+    return lines
+
+
+def flops_lines(
+    config: SkipVisionConfig, counts: Mapping[TokenKind, int], images: int, schedule: PlanSchedule, steps: int | None
+) -> list[str]:
+    """FLOPs of one sample's forward pass: the decoder dense and under the plans, and what stands before it.
 
     Args:
         config: the model.
         counts: positions of each kind in the sample.
         images: images in the sample.
+        schedule: the stage's plans.
+        steps: of the stage; None where the data is unknown.
     """
     text = config.text_config
     everything = {
@@ -82,13 +110,21 @@ def flops_lines(config: SkipVisionConfig, counts: Mapping[TokenKind, int], image
         TokenKind.RETAINED: images * config.connector_config.num_tokens,
     }
     whole = sequence_flops(text, everything, dense().bind(text.num_hidden_layers)).total
-    skipped = sequence_flops(text, counts, config.plan_or_dense()).total
+
+    def decoder(plan: SkipPlan) -> float:
+        return sequence_flops(text, counts, plan).total
+
+    stage = {"this stage": decoder(schedule.plans[-1])}
+    if schedule.widen is not None:
+        stage = {"at the start": decoder(schedule.plans[0]), "at the end": decoder(schedule.plans[-1])}
+        if steps is not None:
+            stage["mean of the stage"] = schedule.mean(decoder, steps)
     before = vision_flops(config.vision_config)
     before += connector_flops(config.connector_config, config.vision_config, text.hidden_size)
     return [
         f"{images} image(s) and {counts.get(TokenKind.TEXT, 0)} text tokens",
         f"decoder, all {config.connector_config.num_tokens} visual tokens dense: {amount(whole, 'FLOPs')}",
-        f"decoder, this stage: {amount(skipped, 'FLOPs')} ({100 * skipped / whole:.1f} %)",
+        *(f"decoder, {when}: {amount(cost, 'FLOPs')} ({100 * cost / whole:.1f} %)" for when, cost in stage.items()),
         f"vision tower and connector: {amount(images * before, 'FLOPs')}",
     ]
 
@@ -123,6 +159,7 @@ def part_lines(parts: Sequence[PartReport]) -> list[str]:
 def report(
     cfg: TrainConfig,
     config: SkipVisionConfig,
+    schedule: PlanSchedule,
     model: nn.Module,
     parts: Sequence[PartReport],
     arithmetic: BatchArithmetic,
@@ -133,20 +170,22 @@ def report(
     Args:
         cfg: the validated configuration.
         config: the model's.
+        schedule: the stage's plans; the last one is the configuration's.
         model: on any device; its ``requires_grad`` says what trains.
         parts: from ``apply_rates``.
         arithmetic: batch sizes and steps.
         sample: lines about one sample, or why there is none.
     """
     counts = Counter(config.image_token_kinds()) + Counter({TokenKind.TEXT: ASSUMED_TEXT_TOKENS})
+    plan = config.plan_or_dense().table().splitlines()
     sections = [
         section("configuration", configuration_lines(cfg)),
         section("batches", [arithmetic.line(), "processes come from WORLD_SIZE, which launchers set"]),
         section("parameters", part_lines(parts)),
         section("optimizer groups", group_lines(cfg, model)),
         section("tokens per image", [token_line(config)]),
-        section("plan", config.plan_or_dense().table().splitlines()),
-        section("forward pass of one sample", flops_lines(config, counts, 1)),
+        section("plan", [*plan, *schedule_lines(cfg, schedule, arithmetic.steps)]),
+        section("forward pass of one sample", flops_lines(config, counts, 1, schedule, arithmetic.steps)),
         section("memory", memory_lines(cfg, parts, arithmetic.processes)),
         section("first sample", sample),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from skipvision_train.config.resolve import stage_plans
 from skipvision_train.config.specs import TrainConfig
@@ -47,10 +48,9 @@ class PlanSchedule:
         """
         if self.widen is None:
             return self.layers
-        start, end = (share * total for share in self.widen)
-        if step >= end:
-            return self.layers
-        return int(self.layers * max(0.0, step - start) / (end - start))
+        # Shares are meant as they are written: as a binary fraction, 0.1 of 30 steps is a little more than 3.
+        start, end = (Fraction(str(share)) * total for share in self.widen)
+        return int(self.layers * min(max((step - start) / (end - start), 0), 1))
 
     def plan_at(self, step: int, total: int) -> SkipPlan:
         """The plan of the step that follows ``step`` steps of ``total``; for ``step == total`` the finished model's."""

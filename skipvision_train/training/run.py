@@ -40,9 +40,11 @@ from skipvision_train.training.checkpoints import (
     CheckpointInfo,
     all_checkpoints,
     check_same_run,
+    flatten,
     is_finished,
     newest_complete,
 )
+from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.stages import apply_rates
 from skipvision_train.training.trainer import StageParts, StageTrainer, engine_name, start_wandb
 
@@ -119,7 +121,9 @@ def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
     if cfg.trainer.resume == "never" and started:
         raise ConfigError(f"trainer.resume: never, but {run} already holds a run; use another trainer.output_dir")
     if started and recorded.is_file():
-        check_same_run(yaml.safe_load(recorded.read_text()), dataclasses.asdict(cfg), run)
+        # A field that did not exist when the run began did what its default does.
+        defaults = flatten(dataclasses.asdict(TrainConfig()))
+        check_same_run(defaults | flatten(yaml.safe_load(recorded.read_text())), dataclasses.asdict(cfg), run)
     if is_finished(run):
         return "finished"
     newest = newest_complete(run)
@@ -203,7 +207,8 @@ def describe_stage(cfg: TrainConfig) -> str:
     parts = apply_rates(model, cfg.stage.lr)
     samples, sample = first_sample(cfg, config, tokenizer)
     arithmetic = BatchArithmetic.of(cfg.trainer, samples, processes)
-    return dryrun.report(cfg, config, model, parts, arithmetic, sample)
+    schedule = PlanSchedule.of(cfg, config.text_config.num_hidden_layers)
+    return dryrun.report(cfg, config, schedule, model, parts, arithmetic, sample)
 
 
 def first_sample(

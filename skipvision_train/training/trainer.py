@@ -175,7 +175,7 @@ class StageTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add rates per part, supervised tokens and speed since the last line, and how many layers that step skipped."""
+        """Add rates per part, the layers that the step skipped, supervised tokens and speed since the last line."""
         if "loss" in logs:
             now = time.perf_counter()
             step, before = self._last_log or (self.state.global_step - 1, now)
