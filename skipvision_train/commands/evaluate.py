@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from skipvision_train.data.processor import SkipVisionProcessor
     from skipvision_train.data.records import Record
     from skipvision_train.evaluation.metrics import Accuracy
-    from skipvision_train.evaluation.results import EvaluationResult, Timing
+    from skipvision_train.evaluation.results import EvaluationResult, Prediction, Timing
     from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+    from skipvision_train.plans.plan import SkipPlan
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ def run(cfg: Config) -> None:
     model, processor = load_for_inference(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)
     log.info("%d questions, plan %s, on %s", len(records), model.plan.name, model.device)
     root = None if cfg.data_root is None else Path(cfg.data_root)
-    predictions = predict(model, processor, records, cfg.batch_size, cfg.max_new_tokens, root=root)
+    ask = partial(predict, model, processor, batch_size=cfg.batch_size, max_new_tokens=cfg.max_new_tokens, root=root)
+    predictions = by_task(cfg.plan, model, records, ask) if is_mixed(cfg.plan) else ask(records)
     blind = None
     if cfg.blind:
         log.info("the same questions without their images")
@@ -92,6 +95,38 @@ def run(cfg: Config) -> None:
     result.save(Path(cfg.output) / "evaluation.json")
     sys.stdout.write(table(result) + "\n")
     log.info("wrote %s", Path(cfg.output) / "evaluation.json")
+
+
+def is_mixed(plan: PlanSpec) -> bool:
+    """Whether every record runs under its own task's plan."""
+    return plan.method == "bank" and plan.task is None
+
+
+def by_task(
+    plan: PlanSpec,
+    model: SkipVisionForConditionalGeneration,
+    records: Sequence[Record],
+    ask: Callable[[Sequence[Record]], list[Prediction]],
+) -> list[Prediction]:
+    """Ask every record under the plan that the bank holds for its task; the model's plan is the same afterwards.
+
+    Raises:
+        PlanError: the bank is another model's.
+    """
+    from skipvision_train.calibration.subject import model_hash
+    from skipvision_train.config.plans import load_bank
+    from skipvision_train.evaluation.evaluate import task_of
+
+    bank, own = load_bank(plan, model_hash(model)), model.plan
+
+    def run(task_plan: SkipPlan, rows: Sequence[int]) -> list[Prediction]:
+        model.set_plan(task_plan)
+        return ask([records[row] for row in rows])
+
+    try:
+        return bank.run_mixed([task_of(record) for record in records], run)
+    finally:
+        model.set_plan(own)
 
 
 def limit_per_task(records: Sequence[Record], limit: int | None, seed: int) -> list[Record]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from skipvision_train.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
+    from skipvision_train.calibration.bank import PlanBank
     from skipvision_train.plans.plan import SkipPlan
 
 
@@ -50,7 +51,9 @@ class PlanSpec:
     registers: int | None = None
     """Victor's learned tokens behind every image."""
     path: str | None = None
-    """A plan file, as ``skipvision calibrate`` writes it."""
+    """A plan file, or the folder of a plan bank, as ``skipvision calibrate`` writes it."""
+    task: str | None = None
+    """Whose plan of the bank; null: the universal one, or, where records have tasks, each record's own."""
 
 
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -67,6 +70,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sparsevlm": ("tokens", "version", "layers", "keep", "kinds"),
     "victor": ("layer", "registers"),
     "file": ("path",),
+    "bank": ("path", "task"),
 }
 """The methods, and the fields that each of them reads."""
 
@@ -92,6 +96,9 @@ def build_plan(spec: PlanSpec, num_layers: int, model: str | None = None, own: S
     try:
         if spec.method == "file":
             return _from_file(spec.path).bind(num_layers)
+        if spec.method == "bank":
+            bank = load_bank(spec)
+            return (bank.universal if spec.task is None else bank.plan_for(spec.task)).bind(num_layers)
         if given.pop("published", False):
             return _published(spec.method, given, model).bind(num_layers)
         if "count" in FIELDS[spec.method]:
@@ -132,6 +139,24 @@ def _from_file(path: str | None) -> SkipPlan:
     if path is None:
         raise ConfigError("plan.path: needs a value; give the plan file as plan.path=...")
     return SkipPlan.load(path)
+
+
+def load_bank(spec: PlanSpec, model_hash: str | None = None) -> PlanBank:
+    """The plan bank that ``spec`` names.
+
+    Args:
+        spec: of the method ``bank``.
+        model_hash: of the model it is for (``calibration.subject.model_hash``); None does not check.
+
+    Raises:
+        ConfigError: no path.
+        PlanError: no bank, or another model's.
+    """
+    from skipvision_train.calibration.bank import PlanBank
+
+    if spec.path is None:
+        raise ConfigError("plan.path: needs a value; give the bank's folder as plan.path=...")
+    return PlanBank.load(spec.path, model_hash)
 
 
 def _published(method: str, given: dict[str, Any], model: str | None) -> SkipPlan:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from skipvision_train.calibration.bank import PlanBank
 from skipvision_train.calibration.subject import model_hash
 from skipvision_train.cli import run_command
 from skipvision_train.commands import calibrate, evaluate, generate, report
@@ -179,6 +180,27 @@ def test_plans_on_the_command_line(settings, tmp_path, overrides):
     given = [f"{key}={value}" for key, value in settings.items()]
     run_command("evaluate", [*given, f"output={tmp_path / 'out'}", "limit=2", *overrides])
     assert EvaluationResult.load(tmp_path / "out" / "evaluation.json").plan == vskip([1]).bind(3)
+
+
+def test_a_bank_gives_every_record_its_tasks_plan(settings, model, tmp_path, capsys):
+    """Tasks share batches in neither run; what counts is that each question saw its own plan."""
+    given = [f"{key}={value}" for key, value in settings.items()]
+    run_command(
+        "calibrate", [*given, f"output={tmp_path / 'c'}", "bank=true", "samples=2", "budget=count", "budget.count=1"]
+    )
+    bank = PlanBank.load(tmp_path / "c" / "bank")
+    bank = PlanBank.create(
+        tmp_path / "c" / "bank", {**bank.plans, "colour": vskip([0, 1]).bind(3)}, bank.universal, bank.facts
+    )
+    run_command("evaluate", [*given, f"output={tmp_path / 'e'}", "plan=bank", f"plan.path={bank.path}"])
+    mixed = EvaluationResult.load(tmp_path / "e" / "evaluation.json")
+    for task in ("colour", "count"):
+        overrides = ["plan=bank", f"plan.path={bank.path}", f"plan.task={task}"]
+        run_command("evaluate", [*given, f"output={tmp_path / task}", *overrides])
+        alone = EvaluationResult.load(tmp_path / task / "evaluation.json")
+        assert alone.plan == bank.plan_for(task)
+        own = [p.output for p in mixed.predictions if p.task == task]
+        assert own == [p.output for p in alone.predictions if p.task == task]
 
 
 def test_report_needs_an_evaluation(tmp_path):
