@@ -50,7 +50,8 @@ class PlanSchedule:
             return self.layers
         # Shares are meant as they are written: as a binary fraction, 0.1 of 30 steps is a little more than 3.
         start, end = (Fraction(str(share)) * total for share in self.widen)
-        return int(self.layers * min(max((step - start) / (end - start), 0), 1))
+        share = (step - start) / (end - start)
+        return int(self.layers * min(max(share, Fraction(0)), Fraction(1)))
 
     def plan_at(self, step: int, total: int) -> SkipPlan:
         """The plan of the step that follows ``step`` steps of ``total``; for ``step == total`` the finished model's."""

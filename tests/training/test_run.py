@@ -327,6 +327,7 @@ def test_wandb_offline_keeps_the_run_on_disk(make_cfg, monkeypatch):
     cfg = make_cfg("trainer.max_steps=2", "trainer.save_every=0", "trainer.wandb=offline")
     run_stage(cfg)
     wandb.finish()
+    wandb.teardown()  # waits for the process that writes the file
     (log,) = (Path(cfg.trainer.output_dir) / "wandb").glob("offline-run-*/*.wandb")
     content = log.read_bytes()
     assert b"train/loss" in content
