@@ -20,7 +20,7 @@ from skipvision_train.calibration.scores import STRATEGIES, ScoreTable
 from skipvision_train.calibration.session import UNIVERSAL, Session
 from skipvision_train.evaluation.loading import package_versions
 from skipvision_train.evaluation.results import write_json
-from skipvision_train.plans.executor import find_decoder
+from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from skipvision_train.calibration.samples import Sample
 from skipvision_train.calibration.sweep import SweepOptions, read_logits, sweep
 from skipvision_train.errors import ConfigError
 from skipvision_train.evaluation.metrics import Z_95
-from skipvision_train.plans.executor import find_decoder
+from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import VISUAL, Kinds, LayerRule

@@ -26,7 +26,7 @@ from skipvision_train.data.records import Record
 from skipvision_train.errors import ConfigError
 from skipvision_train.evaluation.results import write_json
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.plans.executor import find_decoder
+from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.plan import SkipPlan, compose
 from skipvision_train.plans.rules import DENSE_RULE, TokenKind

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipvision_train.adapters import apply
 from skipvision_train.calibration.samples import Sample
-from skipvision_train.plans.executor import find_decoder
+from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import VISUAL, LayerRule
 from skipvision_train.plans.run import PlanRun

@@ -4,7 +4,8 @@ Imports neither Hydra nor a tokenizer nor the trainer.
 """
 
 from skipvision_train.plans.cache import bytes_held
-from skipvision_train.plans.executor import Attachment, attach, find_decoder
+from skipvision_train.plans.executor import Attachment, attach
+from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.methods import (
     dense,

@@ -7,6 +7,7 @@ that a decoder does not know down to its layers: so the index tensors of a plan,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skipvision_train.errors import PlanError
-from skipvision_train.plans.attention import backend_mask, rotary_function
+from skipvision_train.plans.attention import backend_mask
 from skipvision_train.plans.backends import backend_for, check_backend
 from skipvision_train.plans.cache import (
     EvictedLayer,
@@ -26,17 +27,11 @@ from skipvision_train.plans.cache import (
     evicted_layers,
     visible_slots,
 )
+from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
-from skipvision_train.plans.run import DecodeRun, PlanRun, layer_forward
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_vl")
-"""transformers model families whose layer code was compared with this executor's. Others share the submodule names and
-compute something else (attention sinks, residual multipliers, clipped queries), which no attribute check would find."""
-
-LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+from skipvision_train.plans.run import DecodeRun, PlanRun, attention_forward, layer_forward
 
 
 class Attachment:
@@ -60,7 +55,7 @@ class Attachment:
         """Give the model its own forwards back. Detaching twice does nothing."""
         if self._decoder is None:
             return
-        for module in (self._decoder, *self._decoder.layers):
+        for module, _ in _changed(self._decoder):
             previous = module.__dict__.pop("_stock_forward")
             del module.__dict__["forward"]
             if getattr(previous, "__func__", None) is not type(module).forward:  # it had a forward of its own
@@ -106,60 +101,18 @@ def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto") -> Attachmen
     if plan.is_dense:
         return Attachment(plan, None)
     # Bound methods rather than closures: copy.deepcopy rebinds them to the copy.
-    for module in (decoder, *decoder.layers):
+    for module, forward in _changed(decoder):
         module.__dict__["_stock_forward"] = module.forward
-        module.__dict__["forward"] = MethodType(_decoder_forward if module is decoder else layer_forward, module)
+        module.__dict__["forward"] = MethodType(forward, module)
     decoder.__dict__["_skip_plan"], decoder.__dict__["_skip_backend"] = plan, backend
     return Attachment(plan, decoder)
 
 
-def find_decoder(model: nn.Module) -> Any:
-    """The one submodule (or ``model`` itself) whose ``layers`` are decoder layers of the LLaMA shape.
-
-    Raises:
-        PlanError: there is none, with what the candidates lack, or there are several.
-    """
-    found, complaints = [], []
-    for name, module in model.named_modules():
-        layers = getattr(module, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not len(layers):
-            continue
-        complaint = next(filter(None, (_complaint(i, layer) for i, layer in enumerate(layers))), None)
-        if complaint is None:
-            found.append((name, module))
-        else:
-            complaints.append(f"{name or type(module).__name__}: {complaint}")
-    if len(found) == 1:
-        return found[0][1]
-    if found:
-        names = ", ".join(name or type(model).__name__ for name, _ in found)
-        raise PlanError(f"{type(model).__name__} has several decoders ({names}); pass the one that is meant")
-    reason = "; ".join(complaints) or "no module has a list named 'layers'"
-    raise PlanError(f"{type(model).__name__} has no decoder of the LLaMA shape: {reason}")
-
-
-def _complaint(index: int, layer: nn.Module) -> str | None:
-    """Why the executor cannot run a layer, or None."""
-    where = f"layer {index} ({type(layer).__name__})"
-    parts = dict(layer.named_children())
-    if missing := sorted(LAYER_PARTS - set(parts)):
-        return f"{where} has no {', '.join(missing)}"
-    if extra := sorted(set(parts) - LAYER_PARTS):
-        return f"{where} has {', '.join(extra)}, which a skip plan would leave out"
-    attention = parts["self_attn"]
-    if missing := sorted(ATTENTION_PARTS - {name for name, _ in attention.named_children()}):
-        return f"{where} has no self_attn.{', self_attn.'.join(missing)}"
-    modules = {cls.__module__ for cls in (*type(layer).__mro__, *type(attention).__mro__)}
-    if not any(f"transformers.models.{family}.modeling_{family}" in modules for family in FAMILIES):
-        return f"{where} is of none of the known families {', '.join(FAMILIES)}"
-    if rotary_function(attention) is None:
-        return f"{where} has no apply_rotary_pos_emb in its module"
-    # Qwen2 decides per layer and says so on the attention module; Mistral's code reads its configuration.
-    if (window := getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))) is not None:
-        return f"{where} attends within a sliding window of {window}; a skip plan needs full attention"
-    if attention.layer_idx != index:
-        return f"{where} says that its layer_idx is {attention.layer_idx}"
-    return None
+def _changed(decoder: Any) -> list[tuple[Any, Callable[..., Any]]]:
+    """The modules that get a forward of their own, and which."""
+    layers = [(layer, layer_forward) for layer in decoder.layers]
+    attentions = [(layer.self_attn, attention_forward) for layer in decoder.layers]
+    return [(decoder, _decoder_forward), *layers, *attentions]
 
 
 def _decoder_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -278,6 +279,15 @@ def layer_forward(
     return run_layer(layer, rule, work, plan_run.backend.kernel, hidden_states, **kwargs)
 
 
+def attention_forward(attention: Any, *args: Any, run: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Any:
+    """The instance forward of a ``self_attn``: stock, or ``run`` with the module.
+
+    Going through the module keeps the order in which modules run the same on all ranks, whether or not a rank's batch
+    has tokens that skip: DeepSpeed's ZeRO-3 fetches weights in that order, and waits for ever for another one.
+    """
+    return attention._stock_forward(*args, **kwargs) if run is None else run(attention)
+
+
 def run_layer(layer: Any, rule: LayerRule, work: LayerWork, kernel: Kernel, hidden: Tensor, **kwargs: Any) -> Tensor:
     """One decoder layer, (B, T, C) -> (B, T, C), of which some tokens skip the attention query, the FFN, or all."""
     batch = hidden.shape[0]
@@ -288,7 +298,16 @@ def run_layer(layer: Any, rule: LayerRule, work: LayerWork, kernel: Kernel, hidd
     if queries is None or work.rotary is None:
         tokens = tokens + layer.self_attn(hidden_states=normed.view_as(hidden), **kwargs)[0].flatten(0, 1)
     else:
-        update = attend(layer.self_attn, normed, queries, work.rotary, batch, kwargs.get("past_key_values"), kernel)
+        run = partial(
+            attend,
+            normed=normed,
+            queries=queries,
+            rotary=work.rotary,
+            batch=batch,
+            past_key_values=kwargs.get("past_key_values"),
+            kernel=kernel,
+        )
+        update = layer.self_attn(run=run)
         tokens = tokens + update if queries.index is None else add_rows(tokens, queries.index, update)
         if work.silent is not None:
             tokens = add_rows(tokens, work.silent, normed.index_select(0, work.silent))

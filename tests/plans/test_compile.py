@@ -35,13 +35,14 @@ def test_a_layer_is_one_graph(kit, model, name, backend, fresh_compiler):
     run = PlanRun(plan, layout, CPU, chosen, decoder.rotary_emb)
     rest = {"position_embeddings": rotary, "attention_mask": layout.visible()[:, None]}
     compiled, ran = torch.compile(run_layer, fullgraph=True, backend="eager"), 0
-    for layer, rule in zip(decoder.layers[:2], plan.rules, strict=False):
-        hidden, work = run.enter(layer, hidden, rotary)
-        if work is not None:
-            expected = run_layer(layer, rule, work, chosen.kernel, hidden, **rest)
-            got = compiled(layer, rule, work, chosen.kernel, hidden, **rest)
-            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
-            ran += 1
+    with attach(model, plan):
+        for layer, rule in zip(decoder.layers[:2], plan.rules, strict=False):
+            hidden, work = run.enter(layer, hidden, rotary)
+            if work is not None:
+                expected = run_layer(layer, rule, work, chosen.kernel, hidden, **rest)
+                got = compiled(layer, rule, work, chosen.kernel, hidden, **rest)
+                torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+                ran += 1
     assert ran == (1 if name == "vtw" else 2)
 
 
