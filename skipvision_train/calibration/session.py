@@ -53,7 +53,7 @@ class Session:
         ids, tasks: of all samples, in order.
         own: this process's samples.
         drawn: per draw, the ids of its samples.
-        kind_counts: positions of each kind, mean over this process's samples.
+        kind_counts: positions of each kind, mean over all processes' samples.
     """
 
     cfg: Config
@@ -95,7 +95,7 @@ class Session:
             tuple(map(subtask, union)),
             own,
             [[record_id(r) for r in drawn] for drawn in draws],
-            mean_kinds(model, own, cfg.image_token_id) if own else {},
+            mean_kinds(model, own, cfg.image_token_id, ranks),
         )
 
     # --- scoring ---------------------------------------------------------------------------------------------------
@@ -198,18 +198,25 @@ def check_budget(cfg: Config, depth: int) -> None:
         raise ConfigError(f"budget.count: {cfg.budget.count}; the model has {depth} layers, use 0 to {depth}")
 
 
-def mean_kinds(model: Any, samples: Sequence[Sample], image_token_id: int | None) -> dict[TokenKind, float]:
-    """How many positions of each kind a sample has in the mean."""
-    totals = dict.fromkeys(TokenKind, 0.0)
-    for sample in samples:
-        ids = sample.inputs["input_ids"]
-        if isinstance(model, SkipVisionForConditionalGeneration):
-            kinds = model.token_kinds(ids, sample.inputs.get("attention_mask"))
-        else:
-            kinds = PromptReader(visual_token_ids(model, image_token_id)).kinds(ids)
-        for kind in TokenKind:
-            totals[kind] += int((kinds == kind).sum()) / len(samples)
-    return totals
+def mean_kinds(
+    model: Any, samples: Sequence[Sample], image_token_id: int | None, ranks: Ranks | None = None
+) -> dict[TokenKind, float]:
+    """How many positions of each kind a sample has, mean over the samples of all processes.
+
+    The same on every process: a search that counts FLOPs must take the same steps everywhere.
+    """
+    found = [_kinds(model, sample.inputs, image_token_id) for sample in samples]
+    ranks = ranks or Ranks()
+    own = {kind: torch.tensor([int((kinds == kind).sum()) for kinds in found]).double() for kind in TokenKind}
+    return {kind: float(ranks.join(counts).mean()) for kind, counts in own.items()}
+
+
+def _kinds(model: Any, inputs: Mapping[str, Tensor], image_token_id: int | None) -> Tensor:
+    """(1, T) int64 :class:`TokenKind` of one prompt."""
+    ids = inputs["input_ids"]
+    if isinstance(model, SkipVisionForConditionalGeneration):
+        return model.token_kinds(ids, inputs.get("attention_mask"))
+    return PromptReader(visual_token_ids(model, image_token_id)).kinds(ids)
 
 
 class Partial:

@@ -211,9 +211,10 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = layout.attention_mask if attention_mask is None else attention_mask
             position_ids = layout.position_ids if position_ids is None else position_ids
             if self._attachment is not None:
-                # In training what is dropped is ranked where an answer begins, not by the answer's last token.
-                asking = None if labels is None else answer_starts(labels)
-                kwargs["token_layout"] = replace(layout, asking=asking)
+                if labels is not None and self._plan.drops:
+                    # In training what is dropped is ranked where an answer begins, not by the answer's last token.
+                    layout = replace(layout, asking=answer_starts(labels))
+                kwargs["token_layout"] = layout
         elif position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1)[:, -input_ids.shape[1] :].clamp_min(0)
         outputs = self.language_model.model(

@@ -79,14 +79,30 @@ def test_plan_and_scores_of_a_model_of_transformers(workspace, alone, capsys):
     assert {p.name for p in alone.glob("*.png")} == {"vig.png", "vig_by_task.png", "skip_map.png"}
 
 
+def on_two_processes(workspace, output, *overrides):
+    """What the command prints when two processes share it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
+    command += ["skipvision_train", "calibrate", *arguments(workspace, output, *overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_one_sample_is_shared_by_two_processes_in_a_search(workspace, tmp_path, capsys):
+    """One process has nothing to measure, and takes the same steps: it counts the other's tokens."""
+    overrides = ["samples=1", "strategy.search=joint", "strategy.rescore=true", "budget=flops", "budget.flops=0.9"]
+    run_command("calibrate", arguments(workspace, tmp_path / "one", *overrides))
+    saving = capsys.readouterr().out.split("prefill of the decoder: ")[1]
+    done = on_two_processes(workspace, tmp_path / "two", *overrides)
+    assert done.stdout.split("prefill of the decoder: ")[1] == saving
+    assert SkipPlan.load(tmp_path / "two" / "plan.json") == SkipPlan.load(tmp_path / "one" / "plan.json")
+
+
 def test_two_processes_give_the_same_numbers_and_the_same_plan(workspace, alone):
     """Three samples each, in the order of the samples."""
     output = workspace / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
-    command += ["skipvision_train", "calibrate", *arguments(workspace, output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_processes(workspace, output)
     assert scores_of(output).samples == scores_of(alone).samples
     torch.testing.assert_close(scores_of(output).values, scores_of(alone).values, atol=1e-9, rtol=1e-6)
     assert SkipPlan.load(output / "plan.json") == SkipPlan.load(alone / "plan.json")
