@@ -1,4 +1,4 @@
-"""What both benchmarks share: options, geometries, prompts, and interleaved timing.
+"""What the benchmarks share: options, geometries, prompts, and interleaved timing.
 
 Only ratios are claims. Every case runs once per round, next to the dense model of the same round; every round begins
 with another case, so that neither drift of the machine nor a place in the order favours one. The ratio of a case is the
@@ -98,24 +98,25 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement: seconds, and bytes where they were measured (peak memory needs an accelerator)."""
+    """One measurement: seconds, and what else was measured (peak memory needs an accelerator).
+
+    Attributes:
+        seconds: of all that was timed.
+        peak_bytes: the most memory that was allocated meanwhile.
+        cache_bytes: what the KV cache held.
+        optimizer_seconds: the part of ``seconds`` that the optimizer took.
+    """
 
     seconds: float
     peak_bytes: int | None = None
     cache_bytes: int | None = None
+    optimizer_seconds: float | None = None
 
 
-def common_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that both benchmarks take."""
+def timing_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="cpu")
     parser.add_argument("--layers", type=int, help="another depth than the geometry's")
-    parser.add_argument("--width", type=int, help="another width than the geometry's; the FFN scales with it")
-    parser.add_argument("--visual", type=int, nargs="+", default=[576], help="visual tokens of a row; several are run")
-    parser.add_argument("--text", type=int, default=67, help=f"text tokens of a row, {TEXT_BEFORE} before the image")
-    parser.add_argument("--retained", type=float, default=0.5, help="share of the visual tokens that Skip-FFN retains")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows; several are run")
-    parser.add_argument("--dtype", choices=DTYPES, help="fp32 on the CPU and bf16 elsewhere unless given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
@@ -125,24 +126,46 @@ def common_parser(description: str | None) -> argparse.ArgumentParser:
         default="wall",
         help="cpu: seconds that the processor spent on this process, for a machine that others use, too; one thread",
     )
+    parser.add_argument("--json", type=Path, help="also write header and results to this file")
+    return parser
+
+
+def common_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that the benchmarks of plans take."""
+    parser = timing_parser(description)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="cpu")
+    parser.add_argument("--width", type=int, help="another width than the geometry's; the FFN scales with it")
+    parser.add_argument("--visual", type=int, nargs="+", default=[576], help="visual tokens of a row; several are run")
+    parser.add_argument("--text", type=int, default=67, help=f"text tokens of a row, {TEXT_BEFORE} before the image")
+    parser.add_argument("--retained", type=float, default=0.5, help="share of the visual tokens that Skip-FFN retains")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows; several are run")
+    parser.add_argument("--dtype", choices=DTYPES, help="fp32 on the CPU and bf16 elsewhere unless given")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="attention in layers that a plan changes")
     parser.add_argument("--plans", nargs="+", help="only cases whose name contains one of these")
-    parser.add_argument("--json", type=Path, help="also write header and results to this file")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse, choose the dtype, and exit with a message on sizes that cannot be."""
-    args = parser.parse_args(argv)
+    args = parse_timing(parser, argv)
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
-    args.command = shlex.join(["python", *sys.argv] if argv is None else [parser.prog, *argv])
     unit = HEAD_WIDTH * GEOMETRIES[args.geometry].queries_per_key
     if args.width is not None and (args.width <= 0 or args.width % unit):
         parser.error(f"--width {args.width}: {args.geometry} needs a positive multiple of {unit}")
-    if args.text <= TEXT_BEFORE:
-        parser.error(f"--text {args.text}: more than {TEXT_BEFORE} are needed, {TEXT_BEFORE} stand before the image")
     if not 0 <= args.retained <= 1:
         parser.error(f"--retained {args.retained}: a share from 0 to 1 is needed")
+    return args
+
+
+def parse_timing(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, note the command, and exit with a message on options of :func:`timing_parser` that cannot be.
+
+    ``parser`` has the option ``--text``, too.
+    """
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", *sys.argv] if argv is None else [parser.prog, *argv])
+    if args.text <= TEXT_BEFORE:
+        parser.error(f"--text {args.text}: more than {TEXT_BEFORE} are needed, {TEXT_BEFORE} stand before the image")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1 is needed")
     if args.clock == "cpu" and (args.device != "cpu" or torch.get_num_threads() > 1):

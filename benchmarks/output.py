@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
+
+SHARES = ("realised", "compute_realised", "mfu")
+"""Columns that are shown in percent."""
 
 
-def header(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
+def header(args: argparse.Namespace, config: PreTrainedConfig) -> dict[str, Any]:
     """What a reader needs to know about a run: hardware, versions, commit, model, command."""
     cuda = args.device.startswith("cuda")
     return {
@@ -74,11 +77,11 @@ def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if key == "realised":
+    if key in SHARES:
         return f"{100 * value:.0f} %"
     if key.endswith("bytes"):
         return f"{value / 2**20:.1f}"
-    return f"{value:.1f}" if key == "ms" else f"{value:.3f}"
+    return f"{value:.1f}" if key.endswith("ms") else f"{value:.3f}"
 
 
 def finish(args: argparse.Namespace, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:

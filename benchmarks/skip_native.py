@@ -28,7 +28,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from skipvision_train.analysis.flops import connector_flops, sequence_flops, vision_flops
+from skipvision_train.analysis.flops import sequence_flops
+from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.calibration.search import rank_layers
 from skipvision_train.config.resolve import load_tokenizer, model_config
 from skipvision_train.config.specs import TrainConfig
@@ -130,12 +131,10 @@ def training_flops(run: Path) -> float:
     counts = {TokenKind(kind): count / number for kind, count in kinds.items()}
     visual = sum(count for kind, count in counts.items() if kind != TokenKind.TEXT)
     text = config.text_config
-    image = vision_flops(config.vision_config)
-    image += connector_flops(config.connector_config, config.vision_config, text.hidden_size)
     steps = read_metrics(run / "metrics.jsonl")[-1]["step"]
     schedule = PlanSchedule.of(cfg, text.num_hidden_layers)
     decoder = schedule.mean(lambda plan: sequence_flops(text, counts, plan).total, steps)
-    return decoder + visual / len(config.image_token_kinds()) * image
+    return decoder + visual / len(config.image_token_kinds()) * image_flops(config).total
 
 
 def table(rows: list[dict[str, Any]]) -> str:

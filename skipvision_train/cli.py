@@ -20,6 +20,7 @@ COMMANDS = {
     "calibrate": "measure what each layer gives visual tokens and find a skip plan",
     "evaluate": "score a model on tasks",
     "generate": "answer questions about images",
+    "analyze": "the analyses of the Skip-Vision paper on a checkpoint",
     "flops": "what a prefill costs under a plan; needs no model",
     "report": "tables and figures from finished runs",
     "demo": "the whole road on the embedded data set",

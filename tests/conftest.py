@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, SkipVisionConfig, VisionConfig
+from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.connector_settings import ResamplerConfig
+from skipvision_train.models.settings import ReducerConfig, VisionConfig
 
 torch.set_num_threads(1)
 
@@ -43,7 +45,7 @@ def make_config(**overrides: object) -> SkipVisionConfig:
         "vision": VisionConfig(
             image_size=32, patch_size=4, width=32, layers=3, heads=2, mlp_ratio=2.0, quick_gelu=True, depths=(1, 2)
         ),
-        "connector": ConnectorConfig(windows=(8, 4, 2), queries=(2, 4, 16), head_dim=16),
+        "connector": ResamplerConfig(windows=(8, 4, 2), queries=(2, 4, 16), head_dim=16),
         "reducer": ReducerConfig(local_keep=6),
         "image_token_id": 3,
     }

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from skipvision_train.errors import PlanError
-from skipvision_train.plans import vskip
+from skipvision_train.models.connector_settings import MlpConfig
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.models.settings import ReducerConfig, TilingConfig
+from skipvision_train.plans import skip_ffn, vskip
 
 TINY = ["--geometry", "small", "--layers", "4", "--width", "128", "--text", "40", "--device", "cpu", "--dtype", "fp32"]
 WIDTH, FFN, TEXT, DEPTH = 128, 344, 40, 4
@@ -23,8 +31,18 @@ def scripts(pytestconfig: pytest.Config) -> Iterator[SimpleNamespace]:
         import decode
         import harness
         import prefill
+        import step_flops
+        import train_models
+        import train_step
 
-        yield SimpleNamespace(decode=decode, prefill=prefill, harness=harness)
+        yield SimpleNamespace(
+            decode=decode,
+            prefill=prefill,
+            harness=harness,
+            step_flops=step_flops,
+            train_models=train_models,
+            train_step=train_step,
+        )
 
 
 def run(script: ModuleType, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[list[str], list[dict]]:
@@ -176,3 +194,146 @@ def test_sizes_that_cannot_be_are_refused(scripts, capsys, options, complaint):
 def test_a_filter_that_matches_nothing_names_the_cases(scripts):
     with pytest.raises(SystemExit, match=r"--plans vskipp: no such case; there are dense, attached; vskip 1/2, zero"):
         scripts.prefill.main([*TINY, "--plans", "vskipp"])
+
+
+TINY_STEP = ("--device", "cpu", "--width", "256", "--layers", "1", "--repeats", "1", "--warmup", "0")
+
+
+def test_train_step_prints_both_parts_of_every_setting_and_ends_with_json(scripts, capsys, tmp_path):
+    file = tmp_path / "results.json"
+    scripts.train_step.main([*TINY_STEP, "--settings", "llava,cos", "--batch", "2", "1", "--json", str(file)])
+    *lines, last = capsys.readouterr().out.splitlines()
+    results = json.loads(last)
+    assert json.loads(file.read_text())["results"] == results
+    cases = [("llava", 2, "llava"), ("llava", 2, "sv_llava"), ("cos", 1, "cos_dense"), ("cos", 1, "sv_cos")]
+    expected = [(*case, part) for pair in (cases[:2], cases[2:]) for part in ("step", "decoder") for case in pair]
+    assert [(r["setting"], r["batch"], r["case"], r["part"]) for r in results] == expected
+    assert [r["tokens"] for r in results[::4]] == [[128 + 576, 128 + 258], [128 + 1296, 128 + 530]]
+    for row in results:
+        assert len(cells(lines, row["case"])) == 2
+        assert row["peak_bytes"] is row["mfu"] is None
+        if row["case"] in ("llava", "cos_dense"):
+            assert (row["time_ratio"], row["flops_ratio"], row["realised"]) == (1, 1, None)
+        else:
+            assert row["realised"] == pytest.approx((1 - row["time_ratio"]) / (1 - row["flops_ratio"]))
+        if row["part"] == "step":
+            assert 0 < row["optimizer_ms"] < row["ms"]
+            assert row["flops_per_row"] == sum(row["flops_of"].values())
+    # One layer of width 256, FFN 896, 4 query heads on 1 key head: Q, O, K, V; causal attention; the FFN of its tokens.
+    n, ffn = 128 + 530, 128 + 275
+    decoder = 3 * (n * 5 * 256**2 + 2 * n * (n + 1) * 256 + 6 * ffn * 256 * 896)
+    assert results[7]["flops_per_row"] == results[5]["flops_of"]["decoder"] == decoder
+    assert results[7]["paper_ratio"] == pytest.approx(0.226, abs=5e-4)
+
+
+DENSE, PLAN = ReducerConfig.off(), skip_ffn().bind(3).to_dict()
+TILES = {
+    "connector": MlpConfig(),
+    "tiling": TilingConfig("square", max_tiles=4),
+    "reducer": ReducerConfig(split="tiles", local_keep=40, merge_rounds=2, former_over="retained"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
+@pytest.mark.parametrize(
+    ("changes", "trains_vision", "checkpointing", "summarised"),
+    [
+        ({"reducer": DENSE}, True, False, 0),
+        ({"skip_plan": PLAN}, True, False, 4 + 6),
+        ({"skip_plan": PLAN, **TILES}, False, False, 64 + 40),
+        ({"skip_plan": PLAN, **TILES}, True, False, 64 + 40),
+        ({"reducer": DENSE}, True, True, 0),
+    ],
+    ids=["dense", "skipping", "frozen tower, tiles", "tiles", "checkpointing"],
+)
+def test_step_flops_agree_with_the_counter_of_torch(
+    scripts, config_factory, changes, trains_vision, checkpointing, summarised
+):
+    if "tiling" in changes:
+        changes = changes | {"vision": replace(config_factory().vision_config, depths=(2,))}
+    config = config_factory(**changes)
+    row = scripts.step_flops.Row(text=40, supervised=3, tiles=config.tiling_config.counts[-1])
+    model = SkipVisionForConditionalGeneration(config).train()
+    model.vision_tower.requires_grad_(trains_vision)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = scripts.train_models.make_batch(config, row, 1, "cpu")
+    # Fused kernels for the CPU are unknown to the counter; the plain one computes attention in full.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch, use_cache=False).loss.backward()
+    expected = scripts.step_flops.step_flops(config, row, trains_vision, checkpointing, causal=False).total
+    expected += 3 * 2 * 2 * summarised * 32  # summary tokens: scores and sums
+    if checkpointing:  # torch stops recomputing before the last product: down_proj, and c_proj of the tower's blocks
+        expected -= 3 * 2 * (40 + 22) * 48 * 32 + 2 * 2 * 65 * 64 * 32
+    assert counter.get_total_flops() == expected
+
+
+def make_pair(scripts, *options):
+    args = scripts.train_step.parse([*TINY_STEP, "--settings", "llava", *options])
+    whole, skip = scripts.train_models.make_pair(args, "llava", rows=1)
+    return whole, skip, scripts.train_models.Trainer(args, skip)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16", "bf16_states"])
+def test_both_arrangements_train_the_same_weights(scripts, precision):
+    whole, skip, trainer = make_pair(scripts, "--precision", precision, "--accumulation", "2")
+    own, shared = dict(skip.model.named_parameters()), dict(whole.model.named_parameters())
+    assert set(own) - set(shared) == {name for name in own if name.startswith("reducer.")}
+    assert all(own[name] is shared[name] for name in shared)
+    assert {weight.dtype for weight in own.values()} == {
+        torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    }
+    for arrangement, parts in (
+        (whole, {"connector", "language_model"}),
+        (skip, {"connector", "language_model", "reducer"}),
+    ):
+        before = copy.deepcopy({name: weight.detach() for name, weight in own.items()})
+        sample = trainer.step(arrangement)
+        assert 0 < sample.optimizer_seconds < sample.seconds
+        moved = {name.partition(".")[0] for name, weight in own.items() if not torch.equal(weight, before[name])}
+        assert moved == parts
+        assert skip.model.plan.is_dense
+        assert all(weight.grad is None for weight in own.values())
+
+
+def test_master_weights_are_those_of_adamw_in_fp32(scripts, monkeypatch):
+    monkeypatch.setattr(scripts.train_models, "BUCKET", 12)
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(size).bfloat16()) for size in (8, 4, 16, 3)]
+    exact = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
+    group = {"name": "llm", "lr": 1e-3, "weight_decay": 0.1}
+    masters = scripts.train_models.MasterAdamW([{**group, "params": weights}], fused=False)
+    assert [len(bucket) for bucket, *_ in masters.buckets] == [2, 1, 1]
+    reference = torch.optim.AdamW([{**group, "params": exact}])
+    for step in range(20):
+        for weight, other in zip(weights, exact, strict=True):
+            # A weight that gets no gradient in a step stays, its moments too.
+            weight.grad = None if step % 3 == 0 and weight.numel() == 4 else torch.randn(weight.shape).bfloat16()
+            other.grad = None if weight.grad is None else weight.grad.float()
+        masters.step()
+        reference.step()
+        assert all(torch.equal(w, e.bfloat16()) for w, e in zip(weights, exact, strict=True))
+
+
+def test_the_peak_is_known_for_named_devices_only(scripts):
+    peak = scripts.step_flops.peak_flops
+    assert peak("NVIDIA H100 80GB HBM3") == peak("NVIDIA H200") == 989e12
+    assert peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak("NVIDIA H100 PCIe") is peak("NVIDIA GH200 480GB") is peak("NVIDIA L4") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--settings", "llava,cosmos"], "'cosmos' is unknown; use cos,llava,llava_hd or some of them"),
+        (["--part", "tower"], "'tower' is unknown; use step,decoder or some of them"),
+        (["--width", "384"], "a positive multiple of 256 is needed"),
+        (["--batch", "1", "2"], "2 numbers for 3 settings"),
+        (["--accumulation", "0"], "at least 1 is needed"),
+        (["--text", "90"], "1 to 55 stand behind the image"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(scripts, capsys, options, complaint):
+    with pytest.raises(SystemExit):
+        scripts.train_step.parse(["--device", "cpu", *options])
+    assert complaint in capsys.readouterr().err

@@ -30,7 +30,9 @@ RUN = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from skipvision_train import plans
-from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, SkipVisionConfig, VisionConfig
+from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.connector_settings import ResamplerConfig
+from skipvision_train.models.settings import ReducerConfig, VisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 
 text = LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -39,7 +41,7 @@ model = LlamaForCausalLM(text)
 with skipvision_train.apply(model, plans.fastv(1, 0.5), image_token_id=3):
     print(model(torch.tensor([[1, 3, 3, 3, 3, 2]])).logits.shape)
 vision = VisionConfig(image_size=16, patch_size=4, width=8, layers=2, heads=1, depths=(1, 2))
-connector = ConnectorConfig(windows=(4, 2), queries=(1, 4), head_dim=4)
+connector = ResamplerConfig(windows=(4, 2), queries=(1, 4), head_dim=4)
 config = SkipVisionConfig(text, vision, connector, ReducerConfig(local_keep=3), image_token_id=3)
 model = SkipVisionForConditionalGeneration(config)
 model.set_plan(plans.skip_ffn())

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from skipvision_train.errors import PlanError
-from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, VisionConfig
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import VISUAL, Drop, Kinds, LayerRule, TokenKind
 
@@ -260,39 +259,6 @@ def kv_cache_bytes(
 def lm_head_flops(text_config: PreTrainedConfig, positions: float = 1) -> float:
     """FLOPs of the output projection at ``positions`` positions; a prefill needs it at the last one only."""
     return 2 * positions * text_config.hidden_size * text_config.vocab_size
-
-
-def vision_flops(config: VisionConfig) -> float:
-    """FLOPs of the CLIP tower for one image: patch embedding and the blocks up to the deepest state that is read."""
-    patches = config.grid**2
-    tokens = patches + 1
-    embedding = 2 * patches * 3 * config.patch_size**2 * config.width
-    hidden = int(config.width * config.mlp_ratio)
-    block = 8 * tokens * config.width**2 + 4 * tokens**2 * config.width + 4 * tokens * config.width * hidden
-    return float(embedding + max(config.depths) * block)
-
-
-def connector_flops(connector: ConnectorConfig, vision: VisionConfig, text_width: int) -> float:
-    """FLOPs of the multi-scale resampler for one image (methods: Chain-of-Sight).
-
-    Per level and feature depth: queries and outputs projected, keys and values of the whole grid projected, every query
-    attending to the ``window**2`` patches of its window, and an MLP of four times the width; one projection at the end.
-    """
-    width, patches = vision.width, vision.grid**2
-    total = 2.0 * connector.num_tokens * width * text_width
-    for window, queries in zip(connector.windows, connector.queries, strict=True):
-        projections = 4 * queries * width**2 + 4 * patches * width**2
-        attention = 4 * queries * window**2 * width
-        mlp = 16 * queries * width**2
-        total += len(vision.depths) * (projections + attention + mlp)
-    return total
-
-
-def merge_flops(reducer: ReducerConfig, local_tokens: int, text_width: int) -> float:
-    """FLOPs of token merging for one image: the cosine similarities of all pairs; 0 where nothing is merged."""
-    if reducer.local_keep is None or reducer.local_keep == local_tokens:
-        return 0.0
-    return 2.0 * local_tokens**2 * text_width
 
 
 def skip_vision_layer_flops(n_attention: float, n_ffn: float, width: int, ffn_width: int) -> LayerFlops:

@@ -16,7 +16,7 @@ from skipvision_train.resources import resource_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from skipvision_train.models.configuration import VisionConfig
+    from skipvision_train.models.settings import VisionConfig
 
 
 @dataclass
@@ -123,7 +123,7 @@ def vision_config(geometry: Geometry) -> VisionConfig:
     Raises:
         ConfigError: the geometry names no tower, or an impossible one.
     """
-    from skipvision_train.models.configuration import VisionConfig
+    from skipvision_train.models.settings import VisionConfig
 
     if geometry.vision is None:
         raise ConfigError(f"geometry.vision: {geometry.name} names no CLIP tower; set vision_tower=false")

@@ -179,6 +179,7 @@ def cost(cfg: Config, text: PreTrainedConfig, plan: SkipPlan, counts: dict[Token
     """
     from skipvision_train.analysis import flops
     from skipvision_train.analysis.geometry import vision_config
+    from skipvision_train.analysis.image_flops import vision_flops
 
     if cfg.formula == "exact":
         causal = cfg.attention == "causal"
@@ -194,7 +195,7 @@ def cost(cfg: Config, text: PreTrainedConfig, plan: SkipPlan, counts: dict[Token
     return Cost(
         tokens=counts,
         prefill=prefill,
-        before=cfg.views * flops.vision_flops(vision_config(cfg.geometry)) if cfg.vision_tower else 0.0,
+        before=cfg.views * vision_flops(vision_config(cfg.geometry)) if cfg.vision_tower else 0.0,
         lm_head=flops.lm_head_flops(text) if cfg.lm_head else 0.0,
         decode=flops.decode_flops(text, counts, plan).total,
         cache=flops.kv_cache_bytes(text, counts, plan),

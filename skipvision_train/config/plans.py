@@ -68,7 +68,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "fastv": ("layer", "keep", "kinds"),
     "pyramiddrop": ("layers", "keep", "positions", "kinds"),
     "sparsevlm": ("tokens", "version", "layers", "keep", "kinds"),
-    "victor": ("layer", "registers"),
+    "victor": ("layer", "registers", "kinds"),
     "file": ("path",),
     "bank": ("path", "task"),
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama import LlamaConfig
 
+from skipvision_train.config.plans import build_plan
 from skipvision_train.config.specs import ModelSpec, SkipSpec, TrainConfig
 from skipvision_train.errors import CheckpointError, ConfigError, PlanError
 from skipvision_train.models.configuration import SkipVisionConfig
-from skipvision_train.plans.methods import dense, ffn_skip, skip_ffn, vskip
+from skipvision_train.models.connector_settings import ConnectorConfig, build_connector_config, connector_kind
+from skipvision_train.plans.methods import ffn_skip, vskip
 from skipvision_train.plans.plan import SkipPlan, compose
 
 LLAMA3_IMAGE_TOKEN_ID = 128002
@@ -84,20 +88,33 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int
     return int(vocabulary[token])
 
 
-def resolve_plan(spec: str, depth: int) -> SkipPlan:
-    """The plan that ``model.plan`` names, for a model of ``depth`` layers.
+def connector_config(values: Mapping[str, Any]) -> ConnectorConfig:
+    """``model.connector`` with its types checked.
 
     Raises:
-        ConfigError: a plan file that is none, or of another depth, or names layers that the model does not have.
+        ConfigError: an unknown type of connector, or fields that it does not have or that are of another type.
     """
-    if spec == "dense":
-        return dense().bind(depth)
-    if spec == "skip_ffn":
-        return skip_ffn().bind(depth)
+    kind = connector_kind(values)
+    fields = {name: value for name, value in values.items() if name != "type"}
     try:
-        return SkipPlan.load(spec).bind(depth)
-    except PlanError as error:
-        raise ConfigError(f"model.plan: {error}") from error
+        OmegaConf.merge(OmegaConf.structured(kind), fields)
+    except OmegaConfBaseException as error:
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise ConfigError(f"connector.{error.full_key}: {_first_line(error)}; the fields are {known}") from error
+    return build_connector_config(values)
+
+
+def stage_plan(cfg: TrainConfig, depth: int) -> SkipPlan:
+    """The plan that ``plan`` names, for a model of ``depth`` layers.
+
+    Raises:
+        ConfigError: as :func:`build_plan`; or ``own`` without a previous stage.
+    """
+    own = None
+    if cfg.plan.method == "own" and cfg.stage.start_from is not None:
+        previous = _read_config("stage.start_from", cfg.stage.start_from)
+        own = previous.plan_or_dense() if isinstance(previous, SkipVisionConfig) else None
+    return build_plan(cfg.plan, depth, own=own)
 
 
 def skipped_layers(skip: SkipSpec, depth: int) -> tuple[int, ...]:
@@ -117,14 +134,14 @@ def skipped_layers(skip: SkipSpec, depth: int) -> tuple[int, ...]:
 
 
 def stage_plans(cfg: TrainConfig, depth: int) -> tuple[SkipPlan, ...]:
-    """The plans that a stage goes through: entry k skips the first k layers of ``stage.skip`` beside ``model.plan``.
+    """The plans that a stage goes through: entry k skips the first k layers of ``stage.skip`` beside ``plan``.
 
     The last one is the plan that the finished model carries.
 
     Raises:
-        ConfigError: ``model.plan`` or ``stage.skip`` does not fit the depth, or they contradict each other.
+        ConfigError: ``plan`` or ``stage.skip`` does not fit the depth, or they contradict each other.
     """
-    base, layers = resolve_plan(cfg.model.plan, depth), skipped_layers(cfg.stage.skip, depth)
+    base, layers = stage_plan(cfg, depth), skipped_layers(cfg.stage.skip, depth)
     return (base, *(_beside(base, cfg.stage.skip, layers[:k]) for k in range(1, len(layers) + 1)))
 
 
@@ -135,7 +152,7 @@ def _beside(base: SkipPlan, skip: SkipSpec, layers: Sequence[int]) -> SkipPlan:
     try:
         plan = compose([base, *plans], " + ".join(plan.name for plan in plans) if base.is_dense else None)
     except PlanError as error:
-        raise ConfigError(f"stage.skip: beside model.plan {base.name}: {error}") from error
+        raise ConfigError(f"stage.skip: beside plan {base.name}: {error}") from error
     return dataclasses.replace(plan, provenance=base.provenance)
 
 
@@ -156,7 +173,8 @@ def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     try:
         return SkipVisionConfig(
             text_config=text,
-            **{name: dataclasses.asdict(getattr(cfg.model, name)) for name in ("vision", "connector", "reducer")},
+            **{name: dataclasses.asdict(getattr(cfg.model, name)) for name in ("vision", "tiling", "reducer")},
+            connector=connector_config(cfg.model.connector),
             image_token_id=min(token, text.vocab_size - 1) if tokenizer is None else token,
             skip_plan=None if plan.is_dense else plan.to_dict(),
         )

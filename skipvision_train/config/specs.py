@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from skipvision_train.config.plans import PlanSpec
+
 
 @dataclass
 class TextSpec:
@@ -63,31 +65,43 @@ class VisionSpec:
 
 
 @dataclass
-class ConnectorSpec:
-    """The multi-scale resampler (Chain-of-Sight), coarsest level first."""
+class TilingSpec:
+    """How an image becomes square tiles; see ``models.settings.TilingConfig``."""
 
-    windows: list[int] = field(default_factory=lambda: [32, 4, 2])
-    """Window side of each level in patches; strictly decreasing, each divides the patch grid."""
-    queries: list[int] = field(default_factory=lambda: [16, 256, 1024])
-    """Visual tokens of each level; a multiple of the level's number of windows."""
-    head_dim: int = 64
-    """Channels per attention head."""
-    init_std: float = 0.02
-    """Standard deviation of the weights that a fresh resampler starts from."""
+    mode: str = "none"
+    """none: one tile. aspect: the grid of tiles whose aspect ratio is closest. square: padded to a square, cut into
+    max_tiles. The global view stands first."""
+    max_tiles: int = 4
+    """Local tiles of an image at most."""
 
 
 @dataclass
 class ReducerSpec:
-    """What happens to the finest level's tokens before the language model."""
+    """Which visual tokens skip, and what happens to them; see ``models.settings.ReducerConfig``."""
 
-    skip_finest: bool = True
-    """The finest level's tokens are SKIPPED ones; false is the dense arrangement."""
+    split: str = "finest"
+    """Local tokens, which skip: finest (level of the resampler), saliency (all but the most salient), tiles (all but
+    the global view), or none, the dense arrangement."""
+    retain: int | None = None
+    """With saliency: so many tokens are retained."""
+    retain_by: str = "attention"
+    """What saliency is: attention of the class token, or its similarity."""
     local_keep: int | None = 256
-    """Merge the finest level down to so many tokens; null merges nothing."""
+    """Merge the local tokens down to so many; null merges nothing."""
+    merge_order: str = "similarity"
+    """Order of merged tokens: similarity (released code) or raster."""
+    merge_rounds: int = 1
+    """Merge in so many rounds; the paper merges in one."""
+    merge_weighted: bool = True
+    """With several rounds: every original token counts the same in a mean."""
     summary: str = "both"
     """Summary tokens: both, former, latter or none."""
     former_over: str = "middle"
-    """What the former summarises: middle (released code) or retained (paper)."""
+    """What the former summarises: middle (released code for CoS), retained (paper) or skipped."""
+    latter_over: str = "skipped"
+    """What the latter summarises: skipped, retained or middle."""
+    summary_layers: str = "shared"
+    """One scorer for both summary tokens (shared, released code), or separate ones."""
     last_local_ffn: bool = True
     """The last local token runs the FFN and stays in the cache."""
     registers: int = 0
@@ -108,18 +122,21 @@ class ModelSpec:
     """CLIP checkpoint (open_clip or OpenAI file, transformers directory); null starts from random weights."""
     vision_architecture: str | None = None
     """open_clip name such as ViT-L-14, needed for a bare weights file."""
+    connector_weights: str | None = None
+    """LLaVA's ``mm_projector.bin``, or a model directory whose connector is taken; null starts from random weights."""
     from_scratch: bool = False
     """Allow parts without weights to be trained from random ones; without it that is an error."""
     vision: VisionSpec = field(default_factory=VisionSpec)
     """The vision tower."""
-    connector: ConnectorSpec = field(default_factory=ConnectorSpec)
-    """The resampler."""
+    tiling: TilingSpec = field(default_factory=TilingSpec)
+    """How an image becomes tiles."""
+    connector: dict[str, Any] = field(default_factory=dict)
+    """``type`` and the fields of a file of ``conf/connector``, which ``connector@model.connector=mlp`` exchanges;
+    :mod:`models.connector_settings` documents them."""
     reducer: ReducerSpec = field(default_factory=ReducerSpec)
     """Skipping, merging, summary tokens."""
     image_token: str = "<|reserved_special_token_0|>"
     """The tokenizer's token that stands for one visual token; never seen by the language model itself."""
-    plan: str = "dense"
-    """``dense``, ``skip_ffn`` (Skip-Vision), or a plan file as ``skipvision calibrate`` writes it."""
 
 
 @dataclass
@@ -138,7 +155,7 @@ class RatesSpec:
 
 @dataclass
 class SkipSpec:
-    """Layers in which visual tokens leave out a sublayer, beside what ``model.plan`` leaves out; by default none.
+    """Layers in which visual tokens leave out a sublayer, beside what ``plan`` leaves out; by default none.
 
     What V-Skip leaves to future work: the model is trained under the bypass that it will run under.
     """
@@ -249,6 +266,8 @@ class DeepSpeedSpec:
     """Reduce gradients while the backward pass goes on."""
     bucket_size: int = 200_000_000
     """Elements that are reduced or gathered at once; more is faster and takes more memory."""
+    persistence_threshold: int = 100_000
+    """Stage 3: tensors of fewer elements stay whole on every process, which saves gathering them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further top-level keys of DeepSpeed's JSON, taken as they are."""
 
@@ -259,6 +278,9 @@ class TrainConfig:
 
     model: ModelSpec = field(default_factory=ModelSpec)
     """The model."""
+    plan: PlanSpec = field(default_factory=PlanSpec)
+    """What the model skips in training, and the plan that it carries: a file of ``conf/plan`` and its fields, or a plan
+    file's path; ``own`` keeps the plan of ``stage.start_from``."""
     stage: StageSpec = field(default_factory=StageSpec)
     """The stage."""
     data: DataSpec = field(default_factory=DataSpec)

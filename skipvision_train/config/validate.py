@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from skipvision_train.config.specs import (
     DeepSpeedSpec,
@@ -16,9 +17,11 @@ from skipvision_train.config.specs import (
     TrainConfig,
     TrainerSpec,
 )
-from skipvision_train.errors import ConfigError, DataError, PlanError
+from skipvision_train.errors import ConfigError, DataError
 
-PLAN_NAMES = ("dense", "skip_ffn")
+if TYPE_CHECKING:
+    from skipvision_train.models.configuration import SkipVisionConfig
+
 SKIP_PARTS = ("attention", "ffn", "both")
 OWNED_BY_THE_RUN = (
     "train_batch_size",
@@ -46,10 +49,11 @@ def validate(cfg: TrainConfig, world_size: int) -> None:
     _check_text(cfg.model.text)
     # A checkpoint says its depth itself; what needs it is checked where it is read.
     depth = cfg.model.text.num_hidden_layers if cfg.model.llm is None and cfg.stage.start_from is None else None
-    _check_model(cfg.model, depth)
+    config = _check_model(cfg.model)
+    _check_plan(cfg, depth)
     _check_stage(cfg.stage)
     _check_skip(cfg.stage.skip, depth)
-    _check_data(cfg)
+    _check_data(cfg, len(config.image_token_kinds()))
     _check_trainer(cfg.trainer, world_size)
     if cfg.deepspeed is not None:
         _check_deepspeed(cfg.deepspeed)
@@ -129,35 +133,27 @@ def _check_text(text: TextSpec) -> None:
         )
 
 
-def _check_model(model: ModelSpec, depth: int | None) -> None:
-    from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, SkipVisionConfig, VisionConfig
-    from skipvision_train.plans.plan import SkipPlan
+def _check_model(model: ModelSpec) -> SkipVisionConfig:
+    from skipvision_train.config.resolve import connector_config
+    from skipvision_train.models.configuration import SkipVisionConfig
 
+    parts: dict[str, Any] = {name: dataclasses.asdict(getattr(model, name)) for name in ("vision", "tiling", "reducer")}
     try:
-        vision = VisionConfig(**dataclasses.asdict(model.vision))
-        connector = ConnectorConfig(**dataclasses.asdict(model.connector))
-        connector.check_grid(vision.grid)
-        SkipVisionConfig(vision=vision, connector=connector, reducer=ReducerConfig(**dataclasses.asdict(model.reducer)))
+        return SkipVisionConfig(**parts, connector=connector_config(model.connector))
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from error
-    if vision.width % connector.head_dim:
+
+
+def _check_plan(cfg: TrainConfig, depth: int | None) -> None:
+    from skipvision_train.config.resolve import stage_plan
+
+    skips = cfg.plan.method in ("skip_ffn", "skip_kv") and cfg.plan.kinds is None
+    if skips and cfg.model.reducer.split == "none":
         raise ConfigError(
-            f"model.connector.head_dim: {connector.head_dim} does not divide model.vision.width {vision.width}"
+            f"plan.method: {cfg.plan.method} skips nothing where model.reducer.split is none; use plan=dense"
         )
-    if model.plan in PLAN_NAMES:
-        if model.plan == "skip_ffn" and not model.reducer.skip_finest:
-            raise ConfigError(
-                "model.plan: skip_ffn skips nothing where model.reducer.skip_finest is false; use model.plan=dense"
-            )
-        return
-    if not Path(model.plan).is_file():
-        raise ConfigError(f"model.plan: {model.plan!r} is neither {' nor '.join(PLAN_NAMES)} nor a plan file")
-    try:
-        plan = SkipPlan.load(model.plan)
-        if depth is not None:
-            plan.bind(depth)
-    except PlanError as error:
-        raise ConfigError(f"model.plan: {error}") from error
+    if depth is not None:
+        stage_plan(cfg, depth)
 
 
 def _check_stage(stage: StageSpec) -> None:
@@ -209,13 +205,10 @@ def _check_skip(skip: SkipSpec, depth: int | None) -> None:
         )
 
 
-def _check_data(cfg: TrainConfig) -> None:
+def _check_data(cfg: TrainConfig, tokens: int) -> None:
     data = cfg.data
     _one_of("data.on_error", data.on_error, ("error", "skip"))
     _at_least("data.error_budget", data.error_budget, 0)
-    tokens = sum(cfg.model.connector.queries)
-    if cfg.model.reducer.local_keep is not None:
-        tokens += cfg.model.reducer.local_keep - cfg.model.connector.queries[-1]
     if data.max_length <= tokens:
         raise ConfigError(
             f"data.max_length: {data.max_length} has no room for text beside the {tokens} visual tokens of one image"

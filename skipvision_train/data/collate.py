@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,8 @@ def collate(examples: Sequence[Example | None], padding_side: str, pad_id: int) 
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``token_kinds``, (B, T) int64; ``labels``, (B, T) int64, unless the
-        examples are prompts; ``pixel_values``, (I, 3, S, S) float32, the images row by row, if there are any.
+        examples are prompts; where there are images ``pixel_values``, (N, 3, S, S) float32, their tiles row by row, and
+        ``image_tiles``, (I,) int64, if an image has several.
 
     Raises:
         DataError: no example is left, prompts and training samples are mixed, or a side is unknown.
@@ -52,7 +54,36 @@ def collate(examples: Sequence[Example | None], padding_side: str, pad_id: int) 
     pixels = [example.pixel_values for example in rows if example.pixel_values is not None]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
+    tiles = [count for example in rows for count in example.image_tiles]
+    if any(count > 1 for count in tiles):
+        batch["image_tiles"] = torch.tensor(tiles)
     return batch
+
+
+def keep_queries(example: Example, image_token_id: int, queries: int, keep: int) -> Example:
+    """Leave each tile the first ``keep`` of its ``queries`` placeholders (MQT's elastic number of queries).
+
+    Args:
+        example: its images have nothing but ``queries`` placeholders per tile.
+        image_token_id: the placeholder.
+        queries: placeholders of a tile.
+        keep: 1 to ``queries``.
+    """
+    seen, stays = 0, []
+    for token in example.input_ids:
+        is_visual = token == image_token_id
+        stays.append(not is_visual or seen % queries < keep)
+        seen += is_visual
+
+    def left(values: list[int]) -> list[int]:
+        return [value for value, stay in zip(values, stays, strict=True) if stay] if values else values
+
+    return replace(
+        example,
+        input_ids=left(example.input_ids),
+        labels=left(example.labels),
+        token_kinds=left(example.token_kinds),
+    )
 
 
 def _padded(rows: Sequence[list[int]], width: int, fill: int, left: bool) -> Tensor:

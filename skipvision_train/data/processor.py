@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from skipvision_train.data.collate import collate
-from skipvision_train.data.images import load_image, to_pixels
+from skipvision_train.data.images import load_image
 from skipvision_train.data.messages import conversation_turns, llama3_chat_template
 from skipvision_train.data.records import Record, Turn
 from skipvision_train.data.templates import BOS, EOT, Encoded, control_id, get_template
+from skipvision_train.data.tiling import num_tiles, to_tiles
 from skipvision_train.errors import DataError
-from skipvision_train.models.configuration import SkipVisionConfig, VisionConfig
+from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.settings import TilingConfig, VisionConfig
 from skipvision_train.plans.rules import TokenKind
 
 
@@ -30,13 +33,15 @@ class Example:
         input_ids: the image placeholder stands once per visual token.
         labels: as long as ``input_ids``, -100 where nothing is supervised; empty for a prompt.
         token_kinds: as long as ``input_ids``, :class:`TokenKind` values.
-        pixel_values: (images, 3, S, S) float32 in order of appearance, or None without images.
+        pixel_values: (tiles, 3, S, S) float32, the images' tiles in order of appearance, or None without images.
+        image_tiles: tiles of each image.
     """
 
     input_ids: list[int]
     labels: list[int]
     token_kinds: list[int]
     pixel_values: Tensor | None
+    image_tiles: tuple[int, ...] = ()
 
 
 class SkipVisionProcessor(ProcessorMixin):
@@ -46,7 +51,9 @@ class SkipVisionProcessor(ProcessorMixin):
         tokenizer: LLaMA-3's, or another fast tokenizer with its control tokens. It needs no padding token.
         vision: fields of :class:`VisionConfig`.
         image_token_id: the placeholder, a special token of the tokenizer.
-        image_tokens: the kinds of one image's tokens in order, as runs ``[kind name, count]``.
+        image_tokens: for every number of tiles that an image can have (as text, for JSON), the kinds of its tokens in
+            order, as runs ``[kind name, count]``.
+        tiling: fields of :class:`TilingConfig`.
         template: the chat format that ``encode`` and prompts use unless told otherwise.
         chat_template: Jinja text for other programs; this class writes ids itself (``templates.py``).
 
@@ -59,16 +66,17 @@ class SkipVisionProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         vision: dict[str, Any],
         image_token_id: int,
-        image_tokens: Sequence[Sequence[Any]],
+        image_tokens: Mapping[str, Sequence[Sequence[Any]]],
+        tiling: dict[str, Any] | None = None,
         template: str = "llama3",
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, chat_template=chat_template)
         get_template(template)
-        self.vision = asdict(VisionConfig(**vision))
+        self._vision_config, self._tiling_config = VisionConfig(**vision), TilingConfig(**(tiling or {}))
+        self.vision, self.tiling = asdict(self._vision_config), asdict(self._tiling_config)
         self.image_token_id = image_token_id
-        runs = [(str(kind), int(count)) for kind, count in image_tokens]
-        self.image_tokens = [list(run) for run in runs]
+        self.image_tokens = {str(tiles): [list(run) for run in runs] for tiles, runs in image_tokens.items()}
         self.template = template
         added = tokenizer.added_tokens_decoder.get(image_token_id)
         if added is None or not added.special:
@@ -78,8 +86,10 @@ class SkipVisionProcessor(ProcessorMixin):
                 "use the id of an unused special token, such as LLaMA-3's <|reserved_special_token_0|>"
             )
         self.image_token = str(added)
-        self._kinds = [int(TokenKind[kind.upper()]) for kind, count in runs for _ in range(count)]
-        self._vision_config = VisionConfig(**self.vision)
+        self._kinds = {
+            int(tiles): [int(TokenKind[kind.upper()]) for kind, count in runs for _ in range(int(count))]
+            for tiles, runs in self.image_tokens.items()
+        }
 
     @classmethod
     def from_config(
@@ -89,16 +99,25 @@ class SkipVisionProcessor(ProcessorMixin):
 
         LLaMA-3.1's template inserts a dated system turn that models trained here have not seen.
         """
-        runs = [[kind.name.lower(), len(list(run))] for kind, run in groupby(config.image_token_kinds())]
-        processor = cls(tokenizer, asdict(config.vision_config), config.image_token_id, runs, template)
+        tokens = {str(tiles): _runs(config.image_token_kinds(tiles)) for tiles in config.tiling_config.counts}
+        vision, tiling = asdict(config.vision_config), asdict(config.tiling_config)
+        processor = cls(tokenizer, vision, config.image_token_id, tokens, tiling, template)
         if template == "llama3":
             processor.chat_template = tokenizer.chat_template = llama3_chat_template(processor.image_token)
         return processor
 
+    def tiles_of(self, width: int, height: int) -> int:
+        """How many tiles an image of this size in pixels becomes, the global view included."""
+        return num_tiles(width, height, self._tiling_config, self._vision_config.image_size)
+
+    def tokens_of(self, tiles: int) -> int:
+        """How many placeholders an image of so many tiles has."""
+        return len(self._kinds[tiles])
+
     @property
     def tokens_per_image(self) -> int:
-        """How many placeholders an image has."""
-        return len(self._kinds)
+        """How many placeholders an image has at most."""
+        return max(map(len, self._kinds.values()))
 
     @property
     def pad_id(self) -> int:
@@ -125,7 +144,8 @@ class SkipVisionProcessor(ProcessorMixin):
             DataError: naming the record, if a record was given.
         """
         turns = sample.turns if isinstance(sample, Record) else sample
-        lengths = [self.tokens_per_image] * len(images)
+        tiles = [self.tiles_of(*image.size) for image in images]
+        lengths = [self.tokens_of(count) for count in tiles]
         try:
             encoded = get_template(template or self.template).encode(
                 turns, self.tokenizer, lengths, self.image_token_id, max_length
@@ -134,7 +154,7 @@ class SkipVisionProcessor(ProcessorMixin):
             if isinstance(sample, Record):
                 raise DataError(f"record {sample.id} of {sample.source}: {error}") from error
             raise
-        return self._example(encoded, images, encoded.labels)
+        return self._example(encoded, images, tiles, encoded.labels)
 
     def encode_prompt(
         self, turns: Sequence[Turn], images: Sequence[Image.Image] = (), template: str | None = None
@@ -144,18 +164,21 @@ class SkipVisionProcessor(ProcessorMixin):
         Raises:
             DataError: turns that the template cannot express, or markers and images that disagree.
         """
-        lengths = [self.tokens_per_image] * len(images)
+        tiles = [self.tiles_of(*image.size) for image in images]
+        lengths = [self.tokens_of(count) for count in tiles]
         encoded = get_template(template or self.template).encode_prompt(
             turns, self.tokenizer, lengths, self.image_token_id
         )
-        return self._example(encoded, images, [])
+        return self._example(encoded, images, tiles, [])
 
-    def _example(self, encoded: Encoded, images: Sequence[Image.Image], labels: list[int]) -> Example:
+    def _example(
+        self, encoded: Encoded, images: Sequence[Image.Image], tiles: Sequence[int], labels: list[int]
+    ) -> Example:
         kinds = [int(TokenKind.TEXT)] * len(encoded.input_ids)
-        for start in encoded.image_starts:
-            kinds[start : start + self.tokens_per_image] = self._kinds
-        pixels = to_pixels(images, self._vision_config) if images else None
-        return Example(encoded.input_ids, labels, kinds, pixels)
+        for start, count in zip(encoded.image_starts, tiles, strict=True):
+            kinds[start : start + self.tokens_of(count)] = self._kinds[count]
+        pixels = [to_tiles(image, self._vision_config, self._tiling_config) for image in images]
+        return Example(encoded.input_ids, labels, kinds, torch.cat(pixels) if pixels else None, tuple(tiles))
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -242,27 +265,31 @@ class SkipVisionProcessor(ProcessorMixin):
         remaining = iter(pictures)
         examples = []
         for row in rows:
-            encoded = self._expand(row)
-            mine = [next(remaining) for _ in encoded.image_starts]
-            examples.append(self._example(encoded, mine, []))
+            mine = [next(remaining) for _ in range(row.count(self.image_token_id))]
+            tiles = [self.tiles_of(*image.size) for image in mine]
+            examples.append(self._example(self._expand(row, tiles), mine, tiles, []))
         if not padding and len({len(example.input_ids) for example in examples}) > 1:
             raise DataError("padding: texts of different lengths make no batch; set padding=True")
         return BatchFeature(collate(examples, padding_side, self.pad_id))
 
-    def _expand(self, row: list[int]) -> Encoded:
+    def _expand(self, row: list[int], tiles: Sequence[int]) -> Encoded:
         bos = control_id(self.tokenizer, BOS)
-        encoded = Encoded()
+        encoded, remaining = Encoded(), iter(tiles)
         for token in row if row[:1] == [bos] else [bos, *row]:
             is_image = token == self.image_token_id
             if is_image:
                 encoded.image_starts.append(len(encoded.input_ids))
-            encoded.append([token] * (self.tokens_per_image if is_image else 1), supervised=False)
+            encoded.append([token] * (self.tokens_of(next(remaining)) if is_image else 1), supervised=False)
         return encoded
 
     @property
     def model_input_names(self) -> list[str]:
         """The keys of a prompt's batch."""
-        return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
+        return ["input_ids", "attention_mask", "token_kinds", "pixel_values", "image_tiles"]
+
+
+def _runs(kinds: Sequence[TokenKind]) -> list[list[Any]]:
+    return [[kind.name.lower(), len(list(run))] for kind, run in groupby(kinds)]
 
 
 def _check_tensors(return_tensors: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from skipvision_train.analysis import flops
+from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.data.collate import collate
 from skipvision_train.data.images import load_image
 from skipvision_train.data.processor import SkipVisionProcessor
@@ -158,6 +160,7 @@ def predict(
     predictions: list[Prediction] = []
     for batch in prompt_batches(model, processor, records, images_of, batch_size):
         texts = generate_answers(model, processor, batch, max_new_tokens)
+        tiles = iter(batch["image_tiles"].tolist()) if "image_tiles" in batch else repeat(1)
         for text, kinds in zip(texts, batch["token_kinds"].tolist(), strict=True):
             record = records[len(predictions)]
             question, answer = record.turns[-2].text, record.turns[-1].text
@@ -171,6 +174,7 @@ def predict(
                     answer=answer,
                     output=text,
                     correct=exact_match(text, answer),
+                    tiles=tuple(islice(tiles, len(record.images))),
                     tokens={k.name.lower(): counts[int(k)] for k in TokenKind if k != TokenKind.PAD and counts[int(k)]},
                 )
             )
@@ -215,16 +219,14 @@ def sample_cost(model: SkipVisionForConditionalGeneration, predictions: Sequence
     if not predictions:
         raise ValueError("the cost of a sample needs at least one prediction")
     config: Any = model.config  # annotated as the base class in transformers
-    text, width, plan = config.text_config, config.text_config.hidden_size, model.plan
+    text, plan = config.text_config, model.plan
     nothing_skipped = dense().bind(plan.num_layers)
     prompts = [{TokenKind[name.upper()]: n for name, n in p.tokens.items()} for p in predictions]
-    connector = flops.connector_flops(config.connector_config, config.vision_config, width)
-    merging = flops.merge_flops(config.reducer_config, config.connector_config.queries[-1], width)
-    images = fmean(len(p.images) for p in predictions)
+    images = [image_flops(config, tiles) for p in predictions for tiles in p.tiles]
     return SampleCost(
         tokens={k.name.lower(): fmean(p.get(k, 0) for p in prompts) for k in TokenKind if k != TokenKind.PAD},
-        vision=images * flops.vision_flops(config.vision_config),
-        connector=images * (connector + merging),
+        vision=sum(image.vision for image in images) / len(predictions),
+        connector=sum(image.connector + image.merging for image in images) / len(predictions),
         lm_head=flops.lm_head_flops(text),
         decoder_dense=fmean(flops.sequence_flops(text, p, nothing_skipped).total for p in prompts),
         decoder_plan=fmean(flops.sequence_flops(text, p, plan).total for p in prompts),

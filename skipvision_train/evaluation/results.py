@@ -12,7 +12,7 @@ from skipvision_train.errors import DataError, PlanError
 from skipvision_train.evaluation.metrics import Accuracy, accuracy, mean_accuracy
 from skipvision_train.plans.plan import SkipPlan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Prediction:
         output: what the model wrote.
         correct: whether both are the same after normalisation.
         tokens: positions of the prompt per kind, lower-case names; kinds that do not occur are left out.
+        tiles: tiles of each image.
     """
 
     record_id: str
@@ -38,6 +39,7 @@ class Prediction:
     output: str
     correct: bool
     tokens: dict[str, int] = field(default_factory=dict)
+    tiles: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,10 @@ class EvaluationResult:
             plan=SkipPlan.from_dict(data["plan"]),
             scores=Scores.from_dict(data),
             cost=SampleCost(**data["cost"]),
-            predictions=tuple(Prediction(**{**p, "images": tuple(p["images"])}) for p in data["predictions"]),
+            predictions=tuple(
+                Prediction(**{**p, "images": tuple(p["images"]), "tiles": tuple(p["tiles"])})
+                for p in data["predictions"]
+            ),
             blind=blind and BlindScores(blind["variant"], Scores.from_dict(blind), blind["means"]),
             timing=timing and {name: Timing(**values) for name, values in timing.items()},
             seed=data["seed"],

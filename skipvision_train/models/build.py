@@ -1,26 +1,41 @@
-"""Build a model from parts, or start a stage from the previous stage's checkpoint. Strict, with a report."""
+"""Build a model from parts, or start a stage from the previous stage's checkpoint. Strict, with a report.
+
+Weights are copied tensor by tensor into a model that is made without them, so that there is one copy of them in memory
+from the beginning. Only the connector and the position embedding, which change shape, are read before they are copied.
+Every parameter is fp32; half precision in a file is converted, which loses nothing.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.loading import LoadReport
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.models.scaling import scale_resampler
+from skipvision_train.models.projector_formats import (
+    OWN_PREFIX,
+    check_connectors,
+    load_projector,
+    read_own,
+    read_projector,
+)
+from skipvision_train.models.settings import ReducerConfig
 from skipvision_train.models.vision import load_vision_weights, resize_position_embedding
 from skipvision_train.models.vision_formats import read_vision_checkpoint
+from skipvision_train.models.weights import WeightFiles
 
-POSITION_EMBEDDING = "positional_embedding"
+POSITION_EMBEDDING = "vision_tower.positional_embedding"
+
+# Vicuna and LLaMA-2 files hold it; the model computes it.
+_COMPUTED = "rotary_emb.inv_freq"
 
 
 def meta_model(config: SkipVisionConfig) -> SkipVisionForConditionalGeneration:
@@ -34,114 +49,219 @@ def build_model(
     llm: Path | None = None,
     vision: Path | None = None,
     vision_architecture: str | None = None,
+    connector: Path | None = None,
 ) -> tuple[SkipVisionForConditionalGeneration, LoadReport]:
-    """Build a model from a LLaMA-architecture directory and a CLIP checkpoint; connector and reducer start random.
+    """Build a model from a LLaMA-architecture directory, a CLIP checkpoint and a projector; the reducer starts random.
 
     Args:
         config: its ``text_config`` must be the directory's own.
-        llm: transformers directory of a causal LM; None for random weights.
+        llm: transformers directory of a causal LM, weights in safetensors or ``pytorch_model.bin``, in one file or
+            sharded; None for random weights.
         vision: CLIP checkpoint in any form :func:`read_vision_checkpoint` reads; None for random weights.
         vision_architecture: open_clip name, needed if ``vision`` is a bare weights file.
+        connector: weights in any form :func:`read_projector` reads; None for random weights.
+
+    Returns:
+        the model, and what the checkpoints hold beyond it, as ``<part>.<name in the file>``.
 
     Raises:
         CheckpointError: a part is missing, incomplete or of other shapes.
+        ConfigError: ``connector`` is a model directory with a connector of another kind.
     """
-    language_model = None if llm is None else _load_language_model(config, llm)
+    language_model, report = None, LoadReport()
+    if llm is not None:
+        language_model, found = load_language_model(config.text_config, llm)
+        report += found.within("language_model")
     model = SkipVisionForConditionalGeneration(config, language_model)
-    report = LoadReport(missing=(), unused=())
     if vision is not None:
-        report = load_vision_weights(model.vision_tower, read_vision_checkpoint(vision, vision_architecture))
+        found = load_vision_weights(model.vision_tower, read_vision_checkpoint(vision, vision_architecture))
+        report += found.within("vision_tower")
+    if connector is not None:
+        report += load_projector(model.connector, read_projector(connector, config)).within("connector")
     return model, report
 
 
-def _load_language_model(config: SkipVisionConfig, path: Path) -> PreTrainedModel:
+def load_language_model(config: PreTrainedConfig, path: Path) -> tuple[PreTrainedModel, LoadReport]:
+    """A causal LM in fp32 with the weights of a transformers directory.
+
+    Args:
+        config: of the LLaMA architecture.
+        path: the directory.
+
+    Raises:
+        CheckpointError: no model directory; a tensor is missing or of another shape; the directory holds tensors that
+            the architecture does not have, which would be left out of what it computes.
+    """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; model.llm must be a transformers model directory")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config.text_config, output_loading_info=True, local_files_only=True, dtype=torch.float32
+    weights = WeightFiles.open(path)
+    model = empty_language_model(config)
+    sources = _sources(model, weights)
+    unused = [name for name in weights.tensors if name not in model.state_dict()]
+    if unknown := [name for name in unused if not name.endswith(_COMPUTED)]:
+        raise CheckpointError(
+            f"{path}: holds {len(unknown)} tensors the language model has no place for, first {unknown[0]}"
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot load the language model: {error}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{path}: the language model lacks {len(missing)} tensors, first {missing[0]}")
+    _fill(model, sources, weights, "the language model")
+    _check_tied(model, weights)
+    return model, LoadReport(unused=tuple(unused))
+
+
+def empty_language_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM in fp32 whose parameters are allocated but not set; its buffers are.
+
+    Unset memory costs nothing until it is written, and random numbers that are overwritten would cost minutes.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
     return model
 
 
-def read_state(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a transformers directory, single or sharded safetensors.
+def _sources(model: PreTrainedModel, weights: WeightFiles) -> dict[str, str]:
+    """Name in the model -> name in the files; of tied tensors the files hold one, under whichever name."""
+    tied = model.all_tied_weights_keys
+    sources = {name: name for name in model.state_dict() if name not in tied}
+    for copy, original in tied.items():
+        if original not in weights.tensors and copy in weights.tensors:
+            sources[original] = copy
+    return sources
+
+
+def _fill(model: PreTrainedModel, sources: Mapping[str, str], weights: WeightFiles, part: str) -> None:
+    """Copy stored tensors into a model: name in the model -> name in the files."""
+    own = model.state_dict()
+    weights.copy([(stored, own[name]) for name, stored in sources.items()], part)
+
+
+def _check_tied(model: PreTrainedModel, weights: WeightFiles) -> None:
+    """Refuse two stored tensors for one tied parameter unless they are equal.
 
     Raises:
-        CheckpointError: no weights, or a file that is damaged; the message names it.
+        CheckpointError: they differ, so that one of the two would be lost.
     """
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state.update(load_file(file))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: missing; {directory} is not a complete model directory") from error
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: damaged or truncated safetensors file: {error}") from error
-    return state
-
-
-def _adapt(state: dict[str, Tensor], old: SkipVisionConfig, new: SkipVisionConfig) -> dict[str, Tensor]:
-    """Bring the vision position embedding and the resampler of ``old`` to the shapes of ``new``."""
-    vision = {k: v for k, v in state.items() if k.startswith("vision_tower.")}
-    for key, value in vision.items():
-        if key.endswith(POSITION_EMBEDDING):
-            vision[key] = resize_position_embedding(value, new.vision_config.grid)
-    prefix = "connector."
-    connector = scale_resampler(
-        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)},
-        old.connector_config,
-        old.vision_config.grid,
-        new.connector_config,
-        new.vision_config.grid,
-    )
-    rest = {k: v for k, v in state.items() if not k.startswith(("vision_tower.", prefix))}
-    return {**vision, **{prefix + k: v for k, v in connector.items()}, **rest}
+    own = model.state_dict()
+    for copy, original in model.all_tied_weights_keys.items():
+        if copy in weights.tensors and original in weights.tensors:
+            stored = weights.read([copy])[copy]
+            if stored.shape != own[original].shape or not torch.equal(stored.to(own[original].dtype), own[original]):
+                raise CheckpointError(
+                    f"{weights.source}: {copy} differs from {original}, but config.json ties them (tie_word_embeddings)"
+                )
 
 
 def start_stage(checkpoint: Path, config: SkipVisionConfig) -> tuple[SkipVisionForConditionalGeneration, LoadReport]:
     """Build ``config``'s model with the weights of a previous stage's model directory.
 
-    The resampler is scaled level by level and the position embedding interpolated (Chain-of-Sight); a reducer that the
-    previous stage did not have starts fresh, one that is no longer wanted is dropped; both are reported. So do
-    registers start fresh, but they are never dropped or changed in number.
+    The resampler is scaled level by level and the position embedding interpolated (Chain-of-Sight); other connectors
+    are copied. A reducer part that the previous stage did not have starts fresh, one that is no longer wanted is
+    dropped; both are reported. Where one scorer for both summary tokens becomes two, both start from it. Registers
+    start fresh too, but they are never dropped or changed in number.
 
     Raises:
-        ConfigError: the previous stage was trained with another number of registers (Victor: such a model fails).
+        ConfigError: the previous stage was trained with another number of registers (Victor: such a model fails), with
+            a connector of another type, or with a vision tower that computes otherwise; both values are named.
         CheckpointError: the directory is incomplete, or a tensor is missing or of another shape (named with both).
     """
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint}: no config.json; init_from must be a finished stage's model directory")
     old = SkipVisionConfig.from_pretrained(checkpoint)
-    before, after = old.reducer_config.registers, config.reducer_config.registers
-    if before not in (0, after):
-        raise ConfigError(
-            f"reducer.registers: {after}, but {checkpoint} was trained with {before}; keep {before}, or train anew"
-        )
-    state = _adapt(read_state(checkpoint), old, config)
-    model = SkipVisionForConditionalGeneration(config)
-    own = model.state_dict()
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{checkpoint}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own[name].shape)}"
-            )
-    missing, unused = model.load_state_dict(state, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    missing = [name for name in missing if name not in tied]
-    if lost := [name for name in missing if not name.startswith("reducer.")]:
-        raise CheckpointError(f"{checkpoint}: lacks {len(lost)} tensors of the model, first {lost[0]}")
+    _check_registers(checkpoint, old, config)
+    _check_vision(checkpoint, old, config)
+    check_connectors(checkpoint, old, config)
+    weights = WeightFiles.open(checkpoint)
+    model = SkipVisionForConditionalGeneration(config, empty_language_model(config.text_config))
+    sources = _stage_sources(model, old.reducer_config, weights)
+    used = set(sources.values()) | {POSITION_EMBEDDING}
+    unused = [name for name in weights.tensors if name not in used and not name.startswith(OWN_PREFIX)]
+    unused = [name for name in unused if name not in model.all_tied_weights_keys]
     if unknown := [name for name in unused if not name.startswith(("reducer.", "vision_tower."))]:
         raise CheckpointError(
             f"{checkpoint}: holds {len(unknown)} tensors the model has no place for, first {unknown[0]}"
         )
-    return model, LoadReport(missing=tuple(missing), unused=tuple(unused))
+    load_projector(model.connector, read_own(weights, old, config))
+    _load_positions(model, weights)
+    _fill(model, sources, weights, "the stage")
+    _check_tied(model, weights)
+    fresh = tuple(n for n in model.state_dict() if n.startswith("reducer.") and n not in sources)
+    return model, LoadReport(missing=fresh, unused=tuple(unused))
+
+
+def _stage_sources(
+    model: SkipVisionForConditionalGeneration, old: ReducerConfig, weights: WeightFiles
+) -> dict[str, str]:
+    """Name in the model -> name in the files, for all that is copied as it is."""
+    sources = _sources(model, weights)
+    for name in list(sources):
+        if name.startswith(OWN_PREFIX) or name == POSITION_EMBEDDING:
+            del sources[name]
+        elif name.startswith("reducer."):
+            stored = _summary_source(name, model.config.reducer_config, old)
+            if stored in weights.tensors:
+                sources[name] = stored
+            else:
+                del sources[name]
+    return sources
+
+
+def _summary_source(name: str, new: ReducerConfig, old: ReducerConfig) -> str:
+    """Which stored tensor of the reducer a reducer's tensor starts from.
+
+    ``summary`` scores for the former token if there is one, else for the latter; ``latter_summary`` exists where they
+    have a scorer each. A scorer starts from the one that did its work.
+    """
+    part = name.split(".")[1]
+    if part not in ("summary", "latter_summary"):
+        return name
+    two = old.summary == "both" and old.summary_layers == "separate"
+    latter = part == "latter_summary" or not new.has_former
+    if latter and two:
+        return name.replace(part, "latter_summary", 1)
+    if part == "latter_summary" and not old.has_latter:
+        return name
+    return name.replace(part, "summary", 1)
+
+
+def _load_positions(model: SkipVisionForConditionalGeneration, weights: WeightFiles) -> None:
+    """The vision tower's position embedding, interpolated to the model's grid.
+
+    Raises:
+        CheckpointError: it is missing, is no square grid, or has another width.
+    """
+    if POSITION_EMBEDDING not in weights.tensors:
+        raise CheckpointError(f"{weights.source}: the stage lacks {POSITION_EMBEDDING}")
+    own = model.vision_tower.positional_embedding
+    stored = weights.read([POSITION_EMBEDDING])[POSITION_EMBEDDING]
+    if stored.dim() != 2 or stored.shape[1] != own.shape[1]:
+        raise CheckpointError(
+            f"{weights.source}: {POSITION_EMBEDDING} has shape {tuple(stored.shape)}, the model needs "
+            f"{tuple(own.shape)}"
+        )
+    try:
+        resized = resize_position_embedding(stored, model.config.vision_config.grid)
+    except ValueError as error:
+        raise CheckpointError(f"{weights.source}: {error}") from error
+    with torch.no_grad():
+        own.copy_(resized)
+
+
+def _check_registers(checkpoint: Path, old: SkipVisionConfig, new: SkipVisionConfig) -> None:
+    before, after = old.reducer_config.registers, new.reducer_config.registers
+    if before not in (0, after):
+        raise ConfigError(
+            f"reducer.registers: {after}, but {checkpoint} was trained with {before}; keep {before}, or train anew"
+        )
+
+
+def _check_vision(checkpoint: Path, old: SkipVisionConfig, new: SkipVisionConfig) -> None:
+    """Refuse a tower that would compute something else with the same weights: most of that no shape tells."""
+    before, after = old.vision_config, new.vision_config
+    for field in fields(before):
+        if field.name in ("image_size", "layers", "depths"):
+            continue
+        had, wants = getattr(before, field.name), getattr(after, field.name)
+        if had != wants:
+            raise ConfigError(f"vision.{field.name}: {wants}, but {checkpoint} was trained with {had}")

@@ -1,189 +1,31 @@
-"""The model's configuration: what ``config.json`` holds, and the counts that follow from it.
+"""The model's configuration: what ``config.json`` holds, and the layout of an image's tokens that follows from it.
 
-Every dimension is stated once. Grid sizes, token counts and the order of an image's tokens are derived here, so that
-the processor knows an image's token kinds before any model is built.
+The parts' settings are in ``settings.py`` and ``connector_settings.py``. What depends on several parts is checked here,
+so that the processor knows an image's token kinds before any model is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llama import LlamaConfig
 
 from skipvision_train.errors import ConfigError
+from skipvision_train.models.connector_settings import (
+    ConnectorConfig,
+    MlpConfig,
+    MqtConfig,
+    ResamplerConfig,
+    VisionZipConfig,
+    build_connector_config,
+    connector_dict,
+)
+from skipvision_train.models.settings import ReducerConfig, TilingConfig, VisionConfig, build
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision transformer, and which of its hidden states the connector reads.
-
-    Attributes:
-        image_size: pixels per side of the square input; a multiple of ``patch_size``.
-        patch_size: pixels per side of a patch.
-        width: channels of the transformer.
-        layers: number of blocks.
-        heads: attention heads per block.
-        mlp_ratio: hidden width of the MLP over ``width``.
-        quick_gelu: OpenAI's activation ``x * sigmoid(1.702 x)``; with OpenAI weights and plain GELU the features are
-            silently wrong.
-        depths: hidden states handed to the connector; 0 is the embedding output, i the output of block i (1-based).
-        image_mean: per channel, of pixel values in [0, 1].
-        image_std: per channel, of pixel values in [0, 1].
-    """
-
-    image_size: int = 448
-    patch_size: int = 14
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    quick_gelu: bool = True
-    depths: tuple[int, ...] = (15, 22)
-    image_mean: tuple[float, ...] = OPENAI_MEAN
-    image_std: tuple[float, ...] = OPENAI_STD
-
-    def __post_init__(self) -> None:
-        for name in ("depths", "image_mean", "image_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"vision.image_size: {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
-            )
-        if self.width % self.heads:
-            raise ConfigError(f"vision.width: {self.width} is no multiple of vision.heads {self.heads}")
-        if not self.depths or any(not 0 <= d <= self.layers for d in self.depths):
-            raise ConfigError(f"vision.depths: {list(self.depths)} must name hidden states from 0 to {self.layers}")
-
-    @property
-    def grid(self) -> int:
-        """Patches per side."""
-        return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class ConnectorConfig:
-    """The multi-scale resampler (Chain-of-Sight): one level per window size, coarsest first.
-
-    Attributes:
-        windows: window side of each level, in patches, strictly decreasing; each divides the grid.
-        queries: learned queries of each level over the whole image; a multiple of the level's number of windows.
-        head_dim: channels per attention head.
-        init_std: standard deviation of the weights a fresh resampler starts from. 0.02 suits CLIP's 1,024 channels; a
-            narrow tower wants more (0.02 times the root of 1,024 over its width), or the signal starts too small.
-    """
-
-    windows: tuple[int, ...] = (32, 4, 2)
-    queries: tuple[int, ...] = (16, 256, 1024)
-    head_dim: int = 64
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(self.windows))
-        object.__setattr__(self, "queries", tuple(self.queries))
-        if not self.windows or len(self.windows) != len(self.queries):
-            raise ConfigError(
-                f"connector.queries: {len(self.queries)} levels, but connector.windows has {len(self.windows)}"
-            )
-        if list(self.windows) != sorted(set(self.windows), reverse=True):
-            raise ConfigError(f"connector.windows: {list(self.windows)} must be strictly decreasing")
-
-    def check_grid(self, grid: int) -> None:
-        """Refuse a patch grid that the windows do not tile.
-
-        Raises:
-            ConfigError: naming the level, the window and the grid.
-        """
-        for level, (window, queries) in enumerate(zip(self.windows, self.queries, strict=True)):
-            if window < 1 or grid % window:
-                raise ConfigError(
-                    f"connector.windows[{level}]: {window} does not divide the {grid} x {grid} grid of patches; "
-                    f"use one of {[w for w in range(1, grid + 1) if grid % w == 0]}"
-                )
-            count = (grid // window) ** 2
-            if queries < 1 or queries % count:
-                raise ConfigError(
-                    f"connector.queries[{level}]: {queries} is no multiple of the level's {count} windows"
-                )
-
-    @property
-    def num_tokens(self) -> int:
-        """Visual tokens of one image, all levels together."""
-        return sum(self.queries)
-
-
-@dataclass(frozen=True)
-class ReducerConfig:
-    """What happens to the finest level's tokens between the resampler and the language model.
-
-    Attributes:
-        skip_finest: the finest level's tokens become ``SKIPPED``; with False every token is ``RETAINED`` (the dense
-            baseline) and the fields below must stay at their off values.
-        local_keep: merge the finest level's tokens down to this many (Skip-Vision, Sec. 4.1); None merges nothing.
-        summary: ``both``, ``former``, ``latter`` or ``none``: the adaptive summary tokens (Eq. 6) before and after the
-            skipped tokens.
-        former_over: what the former summary token summarises: ``middle`` (the second finest level, as the released
-            code does) or ``retained`` (every retained token, as the paper says).
-        last_local_ffn: the last skipped token runs the FFN and stays in the cache: it is laid out as ``RETAINED``.
-        registers: so many learned tokens stand behind every image, for Victor. They are trained with the model; another
-            number needs training anew. They may stand behind the dense arrangement too.
-    """
-
-    skip_finest: bool = True
-    local_keep: int | None = 256
-    summary: str = "both"
-    former_over: str = "middle"
-    last_local_ffn: bool = True
-    registers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.summary not in ("both", "former", "latter", "none"):
-            raise ConfigError(f"reducer.summary: {self.summary!r} is unknown; use both, former, latter or none")
-        if self.former_over not in ("middle", "retained"):
-            raise ConfigError(f"reducer.former_over: {self.former_over!r} is unknown; use middle or retained")
-        if not self.skip_finest and (self.local_keep is not None or self.summary != "none" or self.last_local_ffn):
-            raise ConfigError(
-                "reducer.skip_finest: false leaves no skipped tokens, so local_keep must be null, summary none and "
-                "last_local_ffn false"
-            )
-        if self.registers < 0:
-            raise ConfigError(f"reducer.registers: {self.registers} is out of range; use 0 or more")
-
-    @classmethod
-    def off(cls) -> ReducerConfig:
-        """The dense arrangement: no skipping, no merging, no summary tokens, no registers."""
-        return cls(skip_finest=False, local_keep=None, summary="none", last_local_ffn=False)
-
-    @property
-    def has_former(self) -> bool:
-        """True if a summary token stands before the skipped tokens."""
-        return self.summary in ("both", "former")
-
-    @property
-    def has_latter(self) -> bool:
-        """True if a summary token stands after the skipped tokens."""
-        return self.summary in ("both", "latter")
-
-
-T = TypeVar("T")
-
-
-def _build(kind: type[T], values: Mapping[str, Any] | T, where: str) -> T:
-    """Make a config dataclass of a mapping; unknown keys are an error that names them."""
-    if isinstance(values, kind):
-        return values
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - known):  # type: ignore[arg-type]
-        raise ConfigError(f"{where}: unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return kind(**values)  # type: ignore[arg-type]
 
 
 class SkipVisionConfig(PreTrainedConfig):
@@ -192,15 +34,16 @@ class SkipVisionConfig(PreTrainedConfig):
     Args:
         text_config: the language model's configuration (LLaMA architecture), a config object or its dict.
         vision: :class:`VisionConfig` or its dict.
-        connector: :class:`ConnectorConfig` or its dict.
+        connector: one of :data:`CONNECTORS`' settings or its dict with ``type``.
         reducer: :class:`ReducerConfig` or its dict.
+        tiling: :class:`TilingConfig` or its dict.
         image_token_id: the placeholder that the processor repeats once per visual token.
         skip_plan: the plan the model is trained with and runs under by default, as :meth:`SkipPlan.to_dict`; None is
             dense.
 
     Raises:
-        ConfigError: windows that do not tile the grid, more kept tokens than there are, a plan that needs more
-            registers than ``reducer`` has.
+        ConfigError: a connector that does not fit the grid of patches, a split that the connector or the tiling does
+            not allow, more retained or kept tokens than there are, a plan that needs more registers than there are.
         PlanError: a plan that is malformed or of another depth.
     """
 
@@ -213,15 +56,17 @@ class SkipVisionConfig(PreTrainedConfig):
         vision: VisionConfig | dict[str, Any] | None = None,
         connector: ConnectorConfig | dict[str, Any] | None = None,
         reducer: ReducerConfig | dict[str, Any] | None = None,
+        tiling: TilingConfig | dict[str, Any] | None = None,
         image_token_id: int = 128002,
         skip_plan: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         text = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
         self.text_config: PreTrainedConfig = text
-        self.vision = asdict(_build(VisionConfig, vision or {}, "vision"))
-        self.connector = asdict(_build(ConnectorConfig, connector or {}, "connector"))
-        self.reducer = asdict(_build(ReducerConfig, reducer or {}, "reducer"))
+        self.vision = asdict(build(VisionConfig, vision or {}, "vision"))
+        self.tiling = asdict(build(TilingConfig, tiling or {}, "tiling"))
+        self.connector = connector_dict(build_connector_config(connector or {}))
+        self.reducer = asdict(build(ReducerConfig, reducer or {}, "reducer"))
         self.image_token_id = image_token_id
         self.skip_plan = skip_plan
         self._check()
@@ -229,15 +74,47 @@ class SkipVisionConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def _check(self) -> None:
-        connector, reducer = self.connector_config, self.reducer_config
-        connector.check_grid(self.vision_config.grid)
-        local = connector.queries[-1]
-        if reducer.skip_finest and len(connector.queries) < 2:
-            raise ConfigError("reducer.skip_finest: needs at least two levels in connector.windows; the finest skips")
-        if reducer.local_keep is not None and not 1 <= reducer.local_keep <= local:
+        levels, reducer, tiling = self.tile_levels(), self.reducer_config, self.tiling_config
+        if reducer.split == "finest" and len(levels) < 2:
+            raise ConfigError("reducer.split: finest needs at least two levels in connector.windows; the finest skips")
+        if reducer.split == "tiles" and tiling.mode == "none":
+            raise ConfigError("reducer.split: tiles needs tiling.mode aspect or square; with none there is one tile")
+        if reducer.split in ("finest", "saliency") and tiling.mode != "none":
+            raise ConfigError(f"tiling.mode: {tiling.mode} with reducer.split {reducer.split}; use split tiles or none")
+        if reducer.split == "saliency":
+            self._check_saliency()
+        connector = self.connector_config
+        if isinstance(connector, MqtConfig) and (reducer.split != "none" or reducer.registers):
+            raise ConfigError(
+                "connector.type: mqt needs reducer.split none and reducer.registers 0; its tokens vary in number"
+            )
+        local = self._split(max(tiling.counts))[1]
+        # An image with fewer local tokens than local_keep keeps them all, but no image may have a use for more.
+        if reducer.local_keep is not None and reducer.local_keep > local:
             raise ConfigError(f"reducer.local_keep: {reducer.local_keep} of {local} tokens; use 1 to {local}")
+        former, latter = reducer.has_former, reducer.has_latter
+        for name, over in (
+            ("former_over", reducer.former_over * former),
+            ("latter_over", reducer.latter_over * latter),
+        ):
+            if over == "middle" and reducer.split != "finest":
+                raise ConfigError(
+                    f"reducer.{name}: middle is a level of the resampler, which reducer.split {reducer.split} does not "
+                    "tell apart; use retained or skipped"
+                )
         if self.skip_plan is not None:
             self.plan_or_dense()
+
+    def _check_saliency(self) -> None:
+        connector, patches = self.connector_config, self.vision_config.grid**2
+        if not isinstance(connector, MlpConfig) or connector.pool != 1:
+            raise ConfigError(
+                "reducer.split: saliency ranks the patches, which this connector does not keep; use connector.type mlp "
+                "without pooling"
+            )
+        retain = self.reducer_config.retain or 0
+        if not 1 <= retain < patches:
+            raise ConfigError(f"reducer.retain: {retain} of {patches} tokens; use 1 to {patches - 1}")
 
     @property
     def vision_config(self) -> VisionConfig:
@@ -245,14 +122,31 @@ class SkipVisionConfig(PreTrainedConfig):
         return VisionConfig(**self.vision)
 
     @property
+    def tiling_config(self) -> TilingConfig:
+        """The tiling, typed."""
+        return TilingConfig(**self.tiling)
+
+    @property
     def connector_config(self) -> ConnectorConfig:
-        """The resampler part, typed."""
-        return ConnectorConfig(**self.connector)
+        """The connector part, typed."""
+        return build_connector_config(self.connector)
 
     @property
     def reducer_config(self) -> ReducerConfig:
         """The reducer part, typed."""
         return ReducerConfig(**self.reducer)
+
+    @property
+    def readout(self) -> str:
+        """What the vision tower reads off its class token: ``none``, ``attention`` or ``similarity``."""
+        if isinstance(self.connector_config, VisionZipConfig):
+            return "attention"
+        reducer = self.reducer_config
+        return reducer.retain_by if reducer.split == "saliency" else "none"
+
+    def tile_levels(self) -> tuple[int, ...]:
+        """Tokens that the connector makes of one tile, per level, coarsest first."""
+        return self.connector_config.levels(self.vision_config)
 
     def plan_or_dense(self) -> SkipPlan:
         """The stored plan, or the dense plan of the model's depth.
@@ -278,25 +172,73 @@ class SkipVisionConfig(PreTrainedConfig):
             )
         return plan.bind(self.text_config.num_hidden_layers)
 
-    def image_token_kinds(self) -> tuple[TokenKind, ...]:
+    def _split(self, tiles: int) -> tuple[int, int]:
+        """Tokens of an image of so many tiles before merging: all but the local ones, and the local ones."""
+        reducer, levels = self.reducer_config, self.tile_levels()
+        tile = sum(levels)
+        local = {
+            "none": 0,
+            "finest": levels[-1],
+            "saliency": tile - (reducer.retain or 0),
+            "tiles": (tiles - 1) * tile,
+        }[reducer.split]
+        return tiles * tile - local, local
+
+    def local_tokens(self, tiles: int) -> int:
+        """Local tokens of an image of so many tiles before merging."""
+        return self._split(tiles)[1]
+
+    def baseline_tokens(self, tiles: int = 1) -> int:
+        """Visual tokens of an image of so many tiles in the dense baseline of its setting.
+
+        All tokens of the resampler (CoS), or all patches (LLaVA, LLaVA-HD), which the other connectors reduce.
+        """
+        resampler = isinstance(self.connector_config, ResamplerConfig)
+        return tiles * (sum(self.tile_levels()) if resampler else self.vision_config.grid**2)
+
+    def image_token_kinds(self, tiles: int | None = None, queries: int | None = None) -> tuple[TokenKind, ...]:
         """The kinds of one image's tokens in the order in which the language model sees them.
 
         ``retained | middle | former | skipped | last local | latter | registers`` (Skip-Vision, Fig. 4), levels
-        coarsest first; ``MIDDLE`` are the levels between the coarsest and the finest. The dense arrangement has
-        ``RETAINED`` tokens only: with its levels told apart but nothing skipped, ``skip_kv("middle + small")`` would
-        evict the middle ones and keep the small ones.
+        coarsest first; ``MIDDLE`` are the levels between the coarsest and the finest, where the finest skips. The dense
+        arrangement has ``RETAINED`` tokens only: with its levels told apart but nothing skipped,
+        ``skip_kv("middle + small")`` would evict the middle ones and keep the small ones.
+
+        Args:
+            tiles: of the image, one of ``tiling_config.counts``; None is the largest.
+            queries: m of an elastic number of queries; None is ``connector.keep``.
+
+        Raises:
+            ConfigError: a number of tiles or queries that this configuration does not have.
         """
-        connector, reducer = self.connector_config, self.reducer_config
+        counts = self.tiling_config.counts
+        tiles = counts[-1] if tiles is None else tiles
+        if tiles not in counts:
+            raise ConfigError(f"tiles: {tiles}; an image has {' or '.join(map(str, counts))}")
+        reducer, levels = self.reducer_config, self.tile_levels()
         registers = (TokenKind.SUMMARY,) * reducer.registers
-        if not reducer.skip_finest:
-            return (TokenKind.RETAINED,) * connector.num_tokens + registers
-        local = connector.queries[-1] if reducer.local_keep is None else reducer.local_keep
-        last = 1 if reducer.last_local_ffn else 0
-        kinds = [TokenKind.RETAINED] * connector.queries[0] + [TokenKind.MIDDLE] * sum(connector.queries[1:-1])
+        if reducer.split == "none":
+            number = tiles * sum(levels) if queries is None else tiles * self._elastic(queries)
+            return (TokenKind.RETAINED,) * number + registers
+        retained, local = self._split(tiles)
+        kinds = [TokenKind.RETAINED] * retained
+        if reducer.split == "finest":
+            kinds[levels[0] :] = [TokenKind.MIDDLE] * (retained - levels[0])
+        merged, last = reducer.merged(local), 1 if reducer.last_local_ffn else 0
         kinds += [TokenKind.SUMMARY] * reducer.has_former
-        kinds += [TokenKind.SKIPPED] * (local - last) + [TokenKind.RETAINED] * last
+        kinds += [TokenKind.SKIPPED] * (merged - last) + [TokenKind.RETAINED] * last
         kinds += [TokenKind.SUMMARY] * reducer.has_latter
         return (*kinds, *registers)
+
+    def _elastic(self, queries: int) -> int:
+        connector = self.connector_config
+        if not isinstance(connector, MqtConfig):
+            raise ConfigError(
+                f"queries: {queries}; connector.type {self.connector['type']} has a fixed number of tokens"
+            )
+        if not 1 <= queries <= connector.queries:
+            raise ConfigError(f"queries: {queries} of {connector.queries}; use 1 to {connector.queries}")
+        return queries
 
 
 AutoConfig.register("skipvision", SkipVisionConfig, exist_ok=True)

@@ -5,6 +5,7 @@ Shapes: B images, N tokens, K kept tokens, C channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -93,30 +94,74 @@ def _cosine_similarity(tokens: Tensor, valid: Tensor) -> Tensor:
         return unit @ unit.transpose(1, 2)
 
 
-def apply_merge(tokens: Tensor, merge: Merge) -> Tensor:
-    """Average every slot's tokens, the kept one included, each with weight one; differentiable in ``tokens``.
+def apply_merge(tokens: Tensor, merge: Merge, sizes: Tensor | None = None) -> Tensor:
+    """Average every slot's tokens, the kept one included; differentiable in ``tokens``.
 
     Args:
         tokens: (B, N, C).
         merge: as :func:`decide_merge` decided for B images of N tokens.
+        sizes: (B, N), the weight of every token, as many original tokens as it stands for (ToMe); None weighs all
+            tokens the same.
 
     Returns:
         (B, K, C) in the dtype of ``tokens``; zeros in a slot without a valid token.
     """
-    assignment = merge.assignment()
+    weights = merge.assignment().to(tokens.dtype if sizes is None else torch.promote_types(tokens.dtype, sizes.dtype))
+    if sizes is not None:
+        weights = weights * sizes[:, None, :]
     present = tokens.masked_fill((merge.target < 0)[..., None], 0.0)
-    # A product with a 0/1 matrix, not a scatter: it sums in fp32 inside the kernel and is deterministic on a GPU.
+    # A product with a matrix, not a scatter: it sums in fp32 inside the kernel and is deterministic on a GPU.
     with torch.autocast(tokens.device.type, enabled=False):
-        total = assignment.to(tokens.dtype) @ present
-    return total / assignment.sum(-1, keepdim=True).clamp_min(1).to(tokens.dtype)
+        total = weights.to(tokens.dtype) @ present
+    # Counted in fp32: half precision holds no whole numbers above 256.
+    return total / weights.sum(-1, keepdim=True, dtype=torch.float32).clamp_min(1).to(tokens.dtype)
 
 
-def merge_tokens(tokens: Tensor, keep: int, mask: Tensor | None = None, order: str = "similarity") -> Tensor:
-    """Decide and apply in one step: (B, N, C) to (B, keep, C); ``keep == N`` without a mask returns ``tokens`` itself.
+def merge_rounds(count: int, keep: int, rounds: int) -> list[int]:
+    """How many tokens are left after each round: every round divides their number by the same factor, rounded up.
+
+    The last entry is ``keep``; rounds that would merge nothing are left out.
+    """
+    left = [math.ceil(count * (keep / count) ** (i / rounds) - 1e-9) for i in range(1, rounds)]
+    steps = [*left, keep]
+    return [n for before, n in zip([count, *steps], steps, strict=False) if n < before]
+
+
+def merge_tokens(
+    tokens: Tensor,
+    keep: int,
+    mask: Tensor | None = None,
+    order: str = "similarity",
+    rounds: int = 1,
+    weighted: bool = True,
+) -> Tensor:
+    """Decide and apply: (B, N, C) to (B, keep, C); ``keep == N`` without a mask returns ``tokens`` itself.
+
+    Args:
+        tokens: (B, N, C).
+        keep: K, 1 to N.
+        mask: as in :func:`decide_merge`; for one round only.
+        order: as in :func:`decide_merge`; with several rounds raster means the order of the tokens that stay.
+        rounds: merge step by step (:func:`merge_rounds`); later rounds compare the means.
+        weighted: with several rounds: a slot is the mean of all original tokens it stands for. Without it, of the
+            tokens of the last round, whatever they stand for.
 
     Raises:
-        ValueError: as :func:`decide_merge`.
+        ValueError: as :func:`decide_merge`; or a mask with several rounds.
     """
-    if keep == tokens.shape[1] and mask is None:
+    count = tokens.shape[1]
+    if keep == count and mask is None:
         return tokens
-    return apply_merge(tokens, decide_merge(tokens, keep, mask, order))
+    if rounds == 1:
+        return apply_merge(tokens, decide_merge(tokens, keep, mask, order))
+    if mask is not None:
+        raise ValueError(f"mask: with {rounds} rounds; padding is left out in one round only")
+    if not 1 <= keep <= count:
+        raise ValueError(f"keep: {keep} of {count} tokens; use 1 to {count}")
+    sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+    for left in merge_rounds(count, keep, rounds):
+        # The order of earlier rounds decides nothing but ties; raster keeps indices meaningful between them.
+        merge = decide_merge(tokens, left, order=order if left == keep else "raster")
+        tokens = apply_merge(tokens, merge, sizes if weighted else None)
+        sizes = (merge.assignment() * sizes[:, None, :]).sum(-1)
+    return tokens

@@ -1,4 +1,4 @@
-"""The Skip-Vision model: CLIP, multi-scale resampler, reducer, and a LLaMA of transformers run under a skip plan."""
+"""The Skip-Vision model: CLIP, connector, reducer, and a LLaMA of transformers run under a skip plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipvision_train.errors import CheckpointError
 from skipvision_train.models.configuration import SkipVisionConfig
-from skipvision_train.models.connectors import MultiScaleResampler
+from skipvision_train.models.connector_settings import MqtConfig
+from skipvision_train.models.connectors import build_connector
 from skipvision_train.models.reducer import Reducer
 from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans.executor import Attachment, attach
@@ -31,7 +32,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config: every dimension, and the plan the model starts under (``config.skip_plan``).
         language_model: a causal LM to take over instead of building a random one (saves holding the weights twice).
 
-    Shapes: B rows, T positions, I images of all rows together, n visual tokens per image, C language model width.
+    Shapes: B rows, T positions, I images of all rows together, N tiles of all images, C language model width.
     """
 
     config_class = SkipVisionConfig
@@ -45,10 +46,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SkipVisionConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         vision, width = config.vision_config, config.text_config.hidden_size
-        self.vision_tower = ClipVisionTower(vision)
-        self.connector = MultiScaleResampler(
-            config.connector_config, vision.grid, vision.width, len(vision.depths), width
-        )
+        self.vision_tower = ClipVisionTower(vision, config.readout)
+        self.connector = build_connector(config.connector_config, vision, width)
         self.reducer = Reducer(config.reducer_config, width)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self._attachment: Attachment | None = None
@@ -110,61 +109,95 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The LM head."""
         return self.language_model.get_output_embeddings()
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(
+        self, pixel_values: Tensor, image_tiles: Tensor | None = None, queries: int | None = None
+    ) -> list[Tensor]:
         """Turn images into the language model's visual tokens.
 
         Args:
-            pixel_values: (I, 3, S, S) normalised pixels.
+            pixel_values: (N, 3, S, S) normalised pixels, the tiles of all images one after the other.
+            image_tiles: (I,) int64, tiles per image; None means one each.
+            queries: m of an elastic number of queries; None is ``connector.keep``.
 
         Returns:
-            (I, n, C), in the order of ``config.image_token_kinds()``.
+            one (n, C) per image, in the order of ``config.image_token_kinds(tiles, queries)``.
         """
-        return self.reducer(self.connector(self.vision_tower(pixel_values)))
+        tiles = None if image_tiles is None else image_tiles.tolist()
+        features = self.vision_tower(pixel_values)
+        levels = self.connector(features) if queries is None else self.connector(features, queries)
+        return self.reducer(levels, features.saliency, tiles)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_tiles: Tensor | None) -> Tensor:
         """Token embeddings (B, T, C) with visual tokens in the placeholders' places."""
         embeds = self.get_input_embeddings()(input_ids)
         placeholders = input_ids == self.config.image_token_id
+        found = int(placeholders.sum())
         if pixel_values is None:
-            found = int(placeholders.sum())
             if found:
                 raise ValueError(f"input_ids hold {found} image placeholders but pixel_values is missing")
             if self.training:
                 # Every rank must run the same modules: under ZeRO-3 a text-only rank would otherwise leave the others
                 # waiting for its share of the vision weights.
-                size = self.config.vision_config.image_size
-                embeds = embeds + 0.0 * self.encode_images(embeds.new_zeros(1, 3, size, size)).sum()
+                embeds = embeds + 0.0 * self._nothing(embeds)
             return embeds
-        features = self.encode_images(pixel_values).to(embeds.dtype)
-        found, expected = int(placeholders.sum()), features.shape[0] * features.shape[1]
-        if found != expected:
+        queries = self._elastic_queries(found, len(pixel_values))
+        images = self.encode_images(pixel_values, image_tiles, queries)
+        if found != (expected := sum(len(image) for image in images)):
             raise ValueError(
-                f"input_ids hold {found} image placeholders, but {features.shape[0]} images give "
-                f"{features.shape[0]} x {features.shape[1]} = {expected} visual tokens"
+                f"input_ids hold {found} image placeholders, but {len(images)} images of {len(pixel_values)} tiles "
+                f"give {expected} visual tokens"
             )
-        return embeds.masked_scatter(placeholders.unsqueeze(-1), features)
+        return embeds.masked_scatter(placeholders.unsqueeze(-1), torch.cat(images).to(embeds.dtype))
 
-    def token_kinds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def _nothing(self, embeds: Tensor) -> Tensor:
+        """The sum over the tokens of a blank image, for batches without one."""
+        size, tiles = self.config.vision_config.image_size, self.config.tiling_config.counts[0]
+        blank = embeds.new_zeros(tiles, 3, size, size)
+        return torch.cat(self.encode_images(blank, torch.tensor([tiles]))).sum()
+
+    def _elastic_queries(self, placeholders: int, tiles: int) -> int | None:
+        """How many queries each tile has where a batch chooses (MQT): the placeholders say it."""
+        return placeholders // tiles if isinstance(self.config.connector_config, MqtConfig) else None
+
+    def token_kinds(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, image_tiles: Tensor | None = None
+    ) -> Tensor:
         """Derive the kind of every position (B, T) from the placeholders, for callers without a processor.
 
         Args:
             input_ids: (B, T) int64, whole images only.
             attention_mask: (B, T), 0 on padding; None means no padding.
+            image_tiles: (I,) tiles of each image in order; None means that all have as many as an image can have.
         """
         kinds = torch.full_like(input_ids, int(TokenKind.TEXT))
         placeholders = input_ids == self.config.image_token_id
-        pattern = torch.tensor([int(k) for k in self.config.image_token_kinds()], device=input_ids.device)
-        images, rest = divmod(int(placeholders.sum()), len(pattern))
-        if rest:
-            raise ValueError(f"input_ids hold {images * len(pattern) + rest} placeholders; an image has {len(pattern)}")
-        kinds[placeholders] = pattern.repeat(images)
+        found = int(placeholders.sum())
+        if image_tiles is None:
+            pattern = self.config.image_token_kinds()
+            images, rest = divmod(found, len(pattern))
+            if rest:
+                raise ValueError(f"input_ids hold {found} placeholders; an image has {len(pattern)}")
+            visual = pattern * images
+        else:
+            visual = tuple(k for tiles in image_tiles.tolist() for k in self.config.image_token_kinds(tiles))
+            if found != len(visual):
+                raise ValueError(
+                    f"input_ids hold {found} placeholders; the {len(image_tiles)} images have {len(visual)}"
+                )
+        kinds[placeholders] = torch.tensor([int(k) for k in visual], dtype=torch.int64, device=input_ids.device)
         if attention_mask is not None:
             kinds[attention_mask == 0] = int(TokenKind.PAD)
         return kinds
 
-    def _layout(self, input_ids: Tensor, attention_mask: Tensor | None, token_kinds: Tensor | None) -> TokenLayout:
+    def _layout(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_kinds: Tensor | None,
+        image_tiles: Tensor | None,
+    ) -> TokenLayout:
         if token_kinds is None:
-            token_kinds = self.token_kinds(input_ids, attention_mask)
+            token_kinds = self.token_kinds(input_ids, attention_mask, image_tiles)
         if (generated := input_ids.shape[1] - token_kinds.shape[1]) > 0:
             # generate() without a cache sends the whole sequence again; what it appended is text.
             token_kinds = F.pad(token_kinds, (0, generated), value=int(TokenKind.TEXT))
@@ -175,6 +208,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_tiles: Tensor | None = None,
         token_kinds: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -188,7 +222,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int64; the image placeholder stands once per visual token.
             attention_mask: (B, T) or, while decoding, (B, past + T): 1 on real tokens, 0 on padding.
-            pixel_values: (I, 3, S, S), the images of all rows in order of appearance; None without images.
+            pixel_values: (N, 3, S, S), the tiles of the images of all rows in order of appearance; None without images.
+            image_tiles: (I,) int64, how many tiles each image has, the global view first; None means one each.
             token_kinds: (B, T) int64 :class:`TokenKind`; derived from ``input_ids`` if missing.
             position_ids: (B, T); derived if missing.
             past_key_values: the KV cache; a first call with an empty cache is the prefill.
@@ -205,9 +240,11 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: placeholders and images do not agree, with both counts.
         """
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
-        embeds = self.get_input_embeddings()(input_ids) if decoding else self._embed(input_ids, pixel_values)
+        embeds = (
+            self.get_input_embeddings()(input_ids) if decoding else self._embed(input_ids, pixel_values, image_tiles)
+        )
         if not decoding:
-            layout = self._layout(input_ids, attention_mask, token_kinds)
+            layout = self._layout(input_ids, attention_mask, token_kinds, image_tiles)
             attention_mask = layout.attention_mask if attention_mask is None else attention_mask
             position_ids = layout.position_ids if position_ids is None else position_ids
             if self._attachment is not None:
@@ -254,25 +291,41 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """As in transformers; images and kinds belong to the prefill only."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("pixel_values", None)
-            inputs.pop("token_kinds", None)
+            for name in ("pixel_values", "image_tiles", "token_kinds"):
+                inputs.pop(name, None)
         return inputs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat rows for beams; the images of a row are repeated together, not one by one."""
-        pixels = kwargs.pop("pixel_values", None)
+        pixels, tiles = kwargs.pop("pixel_values", None), kwargs.pop("image_tiles", None)
         if pixels is not None and input_ids is not None and expand_size > 1:
-            per_image = len(self.config.image_token_kinds())
-            counts = ((input_ids == self.config.image_token_id).sum(-1) // per_image).tolist()
-            pixels = torch.cat([rows.repeat(expand_size, 1, 1, 1) for rows in pixels.split(counts)])
+            given = [1] * len(pixels) if tiles is None else tiles.tolist()
+            images = self._images_per_row(input_ids, given)
+            cuts = [sum(row) for row in images]
+            pixels = torch.cat([rows.repeat(expand_size, 1, 1, 1) for rows in pixels.split(cuts)])
+            tiles = None if tiles is None else tiles.new_tensor([t for row in images for t in row * expand_size])
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        if pixels is not None:
-            kwargs["pixel_values"] = pixels
+        kwargs.update(
+            {name: value for name, value in (("pixel_values", pixels), ("image_tiles", tiles)) if value is not None}
+        )
         return input_ids, kwargs
+
+    def _images_per_row(self, input_ids: Tensor, tiles: list[int]) -> list[list[int]]:
+        """The tiles of every row's images: images fill the rows' placeholders one after the other."""
+        counts = (input_ids == self.config.image_token_id).sum(-1).tolist()
+        elastic = isinstance(self.config.connector_config, MqtConfig)
+        rows: list[list[int]] = []
+        remaining = iter(tiles)
+        for left in counts:
+            rows.append([])
+            while left > 0 and (image := next(remaining, None)) is not None:
+                rows[-1].append(image)
+                left -= sum(counts) // len(tiles) if elastic else len(self.config.image_token_kinds(image))
+        return rows
 
 
 AutoModel.register(SkipVisionConfig, SkipVisionForConditionalGeneration, exist_ok=True)

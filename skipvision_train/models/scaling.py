@@ -5,21 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from skipvision_train.errors import CheckpointError, ConfigError
-from skipvision_train.models.configuration import ConnectorConfig
+from skipvision_train.models.connector_settings import ResamplerConfig
 
 LEVELS = "levels."
 
 
 def scale_resampler(
-    state: dict[str, Tensor], old: ConnectorConfig, old_grid: int, new: ConnectorConfig, new_grid: int
+    state: dict[str, Tensor], old: ResamplerConfig, old_grid: int, new: ResamplerConfig, new_grid: int
 ) -> dict[str, Tensor]:
     """Weights for a resampler of another shape, computed from a pretrained one's.
 
-    Level 0 comes from level 0. Every finer level comes from the old finest one, unless both resamplers have equally
-    many levels whose windows hold equally many queries: then each level comes from its own. A level's queries are
-    repeated on the grid of windows by nearest neighbour along both axes, so that a new window starts from the queries
-    of the old window at its place; all other weights are copied as they are. 80 tokens (windows 16 and 4 of a 16 x 16
-    grid) become 1296 (windows 32, 4 and 2 of a 32 x 32 grid) with queries x1, x4 and x16.
+    A level comes from one whose windows hold as many queries as its own: level 0 from level 0 if it can, any other
+    from the finest that can. (Where both resamplers have equally many levels with equally many queries per window, each
+    comes from its own.) A level's queries are repeated on the grid of windows by nearest neighbour along both axes, so
+    that a new window starts from the queries of the old window at its place; all other weights are copied as they are.
+
+    80 tokens (windows 16 and 4 of a 16 x 16 grid, with 16 and 4 queries per window) become, on a 32 x 32 grid, 1296
+    (windows 32, 4, 2) from levels 0, 1, 1 with queries x1, x4, x16; or 336 from levels 0, 0, 1 with x1, x4, x4 (windows
+    32, 16, 4) or from 0, 1, 1 with x1, x1, x4 (windows 32, 8, 4). These are the correspondences of the released code.
 
     Args:
         state: the state dict of a ``MultiScaleResampler`` built from ``old`` and ``old_grid``.
@@ -49,7 +52,6 @@ def scale_resampler(
             raise CheckpointError(
                 f"{before}queries: found {found} queries, connector.queries has {old.queries[source]}"
             )
-        _check_level(level, source, old, old_grid, new, new_grid)
         sides = old_grid // old.windows[source], new_grid // new.windows[level]
         scaled.update({after + name: tensor for name, tensor in part.items()})
         scaled[after + "queries"] = repeat_queries(part["queries"], *sides)
@@ -74,33 +76,41 @@ def repeat_queries(queries: Tensor, old_side: int, new_side: int) -> Tensor:
     return windows.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1).reshape(-1, width)
 
 
-def _per_window(connector: ConnectorConfig, grid: int, level: int) -> int:
+def _per_window(connector: ResamplerConfig, grid: int, level: int) -> int:
     """Queries of one window of a level."""
     return connector.queries[level] // (grid // connector.windows[level]) ** 2
 
 
-def _sources(old: ConnectorConfig, old_grid: int, new: ConnectorConfig, new_grid: int) -> list[int]:
-    """For every new level, the old level its weights come from."""
-    levels, finest = range(len(new.windows)), len(old.windows) - 1
-    if len(new.windows) == len(old.windows) and all(
-        _per_window(old, old_grid, level) == _per_window(new, new_grid, level) for level in levels
-    ):
-        return list(levels)
-    return [0 if level == 0 else finest for level in levels]
+def _sources(old: ResamplerConfig, old_grid: int, new: ResamplerConfig, new_grid: int) -> list[int]:
+    """For every new level, the old level its weights come from.
+
+    Raises:
+        ConfigError: no old level has windows with as many queries, or windows that the new ones divide further.
+    """
+    had = [_per_window(old, old_grid, level) for level in range(len(old.windows))]
+    needs = [_per_window(new, new_grid, level) for level in range(len(new.windows))]
+    old_sides, new_sides = _sides(old, old_grid), _sides(new, new_grid)
+    if had == needs and all(side % before == 0 for side, before in zip(new_sides, old_sides, strict=True)):
+        return list(range(len(had)))
+    sources = []
+    for level, (queries, side) in enumerate(zip(needs, new_sides, strict=True)):
+        equal = [source for source, count in enumerate(had) if count == queries]
+        if not equal:
+            raise ConfigError(
+                f"connector.queries[{level}]: {queries} queries per window, but the levels of the weights have "
+                f"{' and '.join(map(str, had))}"
+            )
+        fits = [source for source in equal if side % old_sides[source] == 0]
+        if not fits:
+            before = old_sides[equal[-1]]
+            raise ConfigError(
+                f"connector.windows[{level}]: {side} x {side} windows are no multiple of the {before} x {before} "
+                f"windows of level {equal[-1]} of the weights"
+            )
+        sources.append(0 if level == 0 and 0 in fits else fits[-1])
+    return sources
 
 
-def _check_level(
-    level: int, source: int, old: ConnectorConfig, old_grid: int, new: ConnectorConfig, new_grid: int
-) -> None:
-    """Raise ConfigError if the queries of ``source`` cannot be repeated onto the windows of ``level``."""
-    had, needs = _per_window(old, old_grid, source), _per_window(new, new_grid, level)
-    if had != needs:
-        raise ConfigError(
-            f"connector.queries[{level}]: {needs} queries per window, but level {source} of the weights has {had}"
-        )
-    old_side, new_side = old_grid // old.windows[source], new_grid // new.windows[level]
-    if new_side % old_side:
-        raise ConfigError(
-            f"connector.windows[{level}]: {new_side} x {new_side} windows are no multiple of the "
-            f"{old_side} x {old_side} windows of level {source} of the weights"
-        )
+def _sides(connector: ResamplerConfig, grid: int) -> list[int]:
+    """Windows per side of every level."""
+    return [grid // window for window in connector.windows]

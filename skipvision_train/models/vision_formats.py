@@ -6,9 +6,7 @@ downloaded; pickled files are read with ``weights_only=True``.
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any, cast
 import open_clip
 import torch
 from open_clip import CLIPVisionCfg
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPVisionConfig
 
 from skipvision_train.errors import CheckpointError
-from skipvision_train.models.configuration import OPENAI_MEAN, OPENAI_STD
+from skipvision_train.models.settings import OPENAI_MEAN, OPENAI_STD
+from skipvision_train.models.weights import WeightFiles, read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
@@ -31,7 +28,6 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pt",
 )
-TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 # Fields of open_clip's vision configuration that the tower follows, or that act in training only or after the blocks.
 _UNDERSTOOD = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
@@ -99,8 +95,8 @@ def read_vision_checkpoint(path: Path, architecture: str | None = None) -> Visio
 
     * a directory with ``open_clip_config.json`` and open_clip weights (safetensors, ``.bin`` or ``.pt``);
     * one open_clip weights file, with ``architecture`` (such as ``ViT-L-14-quickgelu``) saying what it holds;
-    * a transformers directory of model type ``clip`` or ``clip_vision_model`` (safetensors, sharded or not, or
-      ``pytorch_model.bin``), converted to open_clip's names.
+    * a transformers directory of model type ``clip`` or ``clip_vision_model`` (safetensors or ``pytorch_model.bin``,
+      sharded or not), converted to open_clip's names.
 
     A directory states its own architecture; ``architecture`` is read for a single file only.
 
@@ -111,10 +107,10 @@ def read_vision_checkpoint(path: Path, architecture: str | None = None) -> Visio
     if path.is_file():
         if architecture is None:
             raise CheckpointError(f"{path}: one weights file; name its open_clip architecture, e.g. ViT-L-14-quickgelu")
-        return _from_open_clip(path, vision_facts(architecture), _read_weights(path))
+        return _from_open_clip(vision_facts(architecture), WeightFiles.open(path))
     if (path / OPEN_CLIP_CONFIG).is_file():
-        facts = _open_clip_facts(_read_json(path / OPEN_CLIP_CONFIG), str(path / OPEN_CLIP_CONFIG))
-        return _from_open_clip(path, facts, _read_weights(_first_file(path, OPEN_CLIP_WEIGHTS)))
+        facts = _open_clip_facts(read_json(path / OPEN_CLIP_CONFIG), str(path / OPEN_CLIP_CONFIG))
+        return _from_open_clip(facts, WeightFiles.open(path, OPEN_CLIP_WEIGHTS))
     if (path / "config.json").is_file():
         return _from_transformers(path)
     raise CheckpointError(f"{path}: neither a weights file nor a directory with {OPEN_CLIP_CONFIG} or config.json")
@@ -150,7 +146,7 @@ def _open_clip_facts(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _transformers_facts(path: Path) -> dict[str, Any]:
     """Facts from ``config.json`` and, for mean and deviation, ``preprocessor_config.json`` if there is one."""
-    content = _read_json(path / "config.json")
+    content = read_json(path / "config.json")
     where = str(path / "config.json")
     if content.get("model_type") == "clip":
         config = cast(CLIPVisionConfig, CLIPConfig.from_dict(content).vision_config)
@@ -163,7 +159,7 @@ def _transformers_facts(path: Path) -> dict[str, Any]:
     if config.layer_norm_eps != 1e-5:
         raise CheckpointError(f"{where}: layer_norm_eps {config.layer_norm_eps}; the tower computes with 1e-05")
     processor = path / "preprocessor_config.json"
-    preprocess = _read_json(processor) if processor.is_file() else {}
+    preprocess = read_json(processor) if processor.is_file() else {}
     ratio = config.intermediate_size / config.hidden_size
     if int(config.hidden_size * ratio) < config.intermediate_size:  # the quotient was rounded down
         ratio = math.nextafter(ratio, math.inf)
@@ -188,85 +184,44 @@ def _side(value: Any, where: str) -> int:
     return int(sides.pop())
 
 
-def _from_open_clip(path: Path, facts: dict[str, Any], weights: dict[str, Tensor]) -> VisionCheckpoint:
+def _from_open_clip(facts: dict[str, Any], weights: WeightFiles) -> VisionCheckpoint:
     prefix = "visual."
-    state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    if not state:
-        raise CheckpointError(f"{path}: no tensor is named {prefix}*; is this an open_clip checkpoint?")
-    return VisionCheckpoint(str(path), facts, state, tuple(sorted(n for n in weights if not n.startswith(prefix))))
+    vision = [name for name in weights.tensors if name.startswith(prefix)]
+    if not vision:
+        raise CheckpointError(f"{weights.source}: no tensor is named {prefix}*; is this an open_clip checkpoint?")
+    state = {name.removeprefix(prefix): tensor for name, tensor in weights.read(vision).items()}
+    other = sorted(name for name in weights.tensors if not name.startswith(prefix))
+    return VisionCheckpoint(str(weights.source), facts, state, tuple(other))
 
 
 def _from_transformers(path: Path) -> VisionCheckpoint:
-    facts = _transformers_facts(path)
-    file = _first_file(path, TRANSFORMERS_WEIGHTS)
-    weights = _read_shards(file) if file.suffix == ".json" else _read_weights(file)
+    facts, weights = _transformers_facts(path), WeightFiles.open(path)
     # CLIPModel names its vision part, CLIPVisionModel of transformers 5 does not.
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in weights) else ""
-    vision = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    state, used = _to_open_clip_names(vision, facts["layers"], path)
-    other = tuple(sorted(name for name in weights if name.removeprefix(prefix) not in used))
-    return VisionCheckpoint(str(path), facts, state, other)
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in weights.tensors) else ""
+    stored = {name.removeprefix(prefix): name for name in weights.tensors if name.startswith(prefix)}
+    plain, fused = _open_clip_names(facts["layers"])
+    plain = {theirs: ours for theirs, ours in plain.items() if theirs in stored}
+    for parts in fused.values():
+        if absent := [name for name in parts if name not in stored]:
+            raise CheckpointError(f"{path}: {prefix}{absent[0]} is missing")
+    # Older checkpoints also hold position ids, which are neither weights nor floats.
+    used = [stored[name] for name in (*plain, *(name for parts in fused.values() for name in parts))]
+    tensors = weights.read(used)
+    state = {ours: tensors[stored[theirs]] for theirs, ours in plain.items()}
+    state.update({ours: torch.cat([tensors[stored[name]] for name in parts]) for ours, parts in fused.items()})
+    return VisionCheckpoint(str(path), facts, state, tuple(sorted(set(weights.tensors) - set(used))))
 
 
-def _to_open_clip_names(weights: dict[str, Tensor], layers: int, path: Path) -> tuple[dict[str, Tensor], set[str]]:
-    """Rename and fuse; also returns which names of ``weights`` were taken."""
-    names = {}
+def _open_clip_names(layers: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """transformers' name -> open_clip's; and open_clip's name -> the three that it fuses: queries, keys, values."""
+    plain: dict[str, str] = {}
+    fused: dict[str, list[str]] = {}
     for theirs, ours in _TRANSFORMERS_NAMES.items():
-        names.update({f"{theirs}{end}": f"{ours}{end}" for end in ("", ".weight", ".bias")})
+        plain.update({f"{theirs}{end}": f"{ours}{end}" for end in ("", ".weight", ".bias")})
     for layer in range(layers):
-        for theirs, ours in _TRANSFORMERS_BLOCK_NAMES.items():
-            block, ours = f"encoder.layers.{layer}.{theirs}", f"transformer.resblocks.{layer}.{ours}"
-            names.update({f"{block}{end}": f"{ours}{end}" for end in (".weight", ".bias")})
-    state = {names[name]: tensor for name, tensor in weights.items() if name in names}
-    used = {name for name in weights if name in names}
-    for layer in range(layers):
+        theirs, ours = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         for end in ("weight", "bias"):
-            parts = [f"encoder.layers.{layer}.self_attn.{letter}_proj.{end}" for letter in "qkv"]
-            if absent := [name for name in parts if name not in weights]:
-                raise CheckpointError(f"{path}: {absent[0]} is missing")
-            state[f"transformer.resblocks.{layer}.attn.in_proj_{end}"] = torch.cat([weights[name] for name in parts])
-            used.update(parts)
-    return state, used
-
-
-def _first_file(path: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"{path}: found none of {', '.join(names)}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors of a sharded safetensors checkpoint."""
-    weight_map = _read_json(index).get("weight_map", {})
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        weights.update(_read_weights(index.parent / name))
-    if absent := sorted(set(weight_map) - set(weights)):
-        raise CheckpointError(f"{index}: {absent[0]} is listed but in none of the shards")
-    return weights
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A flat state dict from one file; the wrapping of open_clip's training checkpoints is taken off."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        hint = "; a TorchScript archive has to be converted first" if "TorchScript" in str(error) else ""
-        raise CheckpointError(f"{path}: cannot be read as a state dict{hint} ({type(error).__name__})") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: expected a dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+            for module, name in _TRANSFORMERS_BLOCK_NAMES.items():
+                plain[f"{theirs}.{module}.{end}"] = f"{ours}.{name}.{end}"
+            fused[f"{ours}.attn.in_proj_{end}"] = [f"{theirs}.self_attn.{letter}_proj.{end}" for letter in "qkv"]
+    return plain, fused

@@ -150,11 +150,13 @@ def sparsevlm(
     return SkipPlan("sparsevlm" if first else "sparsevlm+", rest=DENSE_RULE, drops=tuple(drops))
 
 
-def victor(layer: int = 3, registers: int = 8) -> SkipPlan:
+def victor(layer: int = 3, registers: int = 8, kinds: Kinds = VISUAL) -> SkipPlan:
     """Victor: learned registers stand behind every image; at ``layer`` all visual tokens leave and the registers stay.
+
+    With ``kinds`` only those leave: Skip-Vision compares itself with a Victor that keeps the coarser levels.
 
     The paper does not say what becomes of the positions; they are kept. The registers must have been trained.
     """
     if registers < 1:
         raise PlanError(f"victor: {registers} registers; without registers the plan is vtw")
-    return replace(vtw(layer), name="victor", registers=registers)
+    return replace(vtw(layer, kinds), name="victor", registers=registers)

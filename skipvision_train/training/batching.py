@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ from torch.utils.data import Sampler
 
 from skipvision_train.config.specs import TrainerSpec
 from skipvision_train.config.validate import accumulation
-from skipvision_train.data.collate import IGNORED_LABEL, collate
+from skipvision_train.data.collate import IGNORED_LABEL, collate, keep_queries
 from skipvision_train.data.processor import Example
 from skipvision_train.errors import ConfigError
 from skipvision_train.plans.rules import TokenKind
@@ -89,11 +91,44 @@ class EpochSampler(Sampler[int]):
             yield order[position % self.samples]
 
 
-class TrainCollator:
-    """Examples to a right-padded batch; a class, because worker processes pickle it."""
+@dataclass(frozen=True)
+class ElasticQueries:
+    """A number of queries for every batch (MQT, second stage): an even number up to ``queries``.
 
-    def __init__(self, pad_id: int) -> None:
+    It is drawn from the seed and the batch's own tokens: a resumed run, whatever its workers, draws the same.
+
+    Attributes:
+        image_token_id: the placeholder.
+        queries: placeholders of a tile before the draw.
+        seed: of the run.
+    """
+
+    image_token_id: int
+    queries: int
+    seed: int
+
+    def draw(self, examples: Sequence[Example]) -> int:
+        """The number for this batch."""
+        content = zlib.crc32(repr([example.input_ids for example in examples]).encode())
+        return 2 * random.Random(f"{self.seed}/{content}").randint(1, self.queries // 2)
+
+    def shorten(self, examples: Sequence[Example]) -> list[Example]:
+        """The batch with as many placeholders as drawn."""
+        keep = self.draw(examples)
+        return [keep_queries(example, self.image_token_id, self.queries, keep) for example in examples]
+
+
+class TrainCollator:
+    """Examples to a right-padded batch; a class, because worker processes pickle it.
+
+    Args:
+        pad_id: fills ``input_ids``.
+        elastic: draws a number of queries for every batch; None leaves the layout.
+    """
+
+    def __init__(self, pad_id: int, elastic: ElasticQueries | None = None) -> None:
         self.pad_id = pad_id
+        self.elastic = elastic
 
     def __call__(self, examples: Sequence[Example | None]) -> dict[str, Tensor]:
         """The batch of :func:`collate`, without the samples that were left out.
@@ -109,4 +144,5 @@ class TrainCollator:
                 "token_kinds": torch.full_like(tokens, int(TokenKind.TEXT)),
                 "labels": torch.full_like(tokens, IGNORED_LABEL),
             }
-        return collate(examples, padding_side="right", pad_id=self.pad_id)
+        rows = [example for example in examples if example is not None]
+        return collate(self.elastic.shorten(rows) if self.elastic else rows, padding_side="right", pad_id=self.pad_id)

@@ -25,7 +25,7 @@ def render(spec: DeepSpeedSpec, trainer: TrainerSpec, accumulation: int, max_gra
     if spec.stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": spec.bucket_size // 4,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": spec.persistence_threshold,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": True,

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from skipvision_train.analysis.flops import connector_flops, sequence_flops, vision_flops
+from skipvision_train.analysis.flops import sequence_flops, skip_vision_flops
+from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.config.resolve import skipped_layers
 from skipvision_train.config.specs import TrainConfig
+from skipvision_train.errors import PlanError
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.plan import SkipPlan
@@ -58,17 +60,25 @@ def amount(value: float, unit: str) -> str:
     return f"{value / factor:.3f} {prefix}{unit}"
 
 
-def token_line(config: SkipVisionConfig) -> str:
+def token_line(config: SkipVisionConfig, tiles: int | None = None) -> str:
     """The tokens of one image by their part: middle ones are retained ones, the last local one is a local one."""
-    connector, reducer = config.connector_config, config.reducer_config
+    reducer, kinds = config.reducer_config, Counter(config.image_token_kinds(tiles))
     registers = f", {reducer.registers} registers" if reducer.registers else ""
-    if not reducer.skip_finest:
-        return f"{connector.num_tokens} retained{registers}"
-    kinds = Counter(config.image_token_kinds())
-    local = kinds[TokenKind.SKIPPED] + reducer.last_local_ffn
-    last = " (the last one runs the FFN)" if reducer.last_local_ffn else ""
-    retained, summaries = sum(connector.queries[:-1]), reducer.has_former + reducer.has_latter
-    return f"{retained} retained, {local} local{last}, {summaries} summary{registers}"
+    last = int(reducer.last_local_ffn)
+    retained = kinds[TokenKind.RETAINED] + kinds[TokenKind.MIDDLE] - last
+    if reducer.split == "none":
+        return f"{retained} retained{registers}"
+    local = kinds[TokenKind.SKIPPED] + last
+    runs = " (the last one runs the FFN)" if last else ""
+    return f"{retained} retained, {local} local{runs}, {reducer.has_former + reducer.has_latter} summary{registers}"
+
+
+def token_lines(config: SkipVisionConfig) -> list[str]:
+    """:func:`token_line` for the fewest and the most tiles that an image can have."""
+    counts = config.tiling_config.counts
+    if counts == (1,):
+        return [token_line(config)]
+    return [f"{tiles} tiles: {token_line(config, tiles)}" for tiles in dict.fromkeys((counts[0], counts[-1]))]
 
 
 def schedule_lines(cfg: TrainConfig, schedule: PlanSchedule, steps: int | None) -> list[str]:
@@ -107,7 +117,7 @@ def flops_lines(
     text = config.text_config
     everything = {
         TokenKind.TEXT: counts.get(TokenKind.TEXT, 0),
-        TokenKind.RETAINED: images * config.connector_config.num_tokens,
+        TokenKind.RETAINED: images * config.baseline_tokens(config.tiling_config.counts[-1]),
     }
     whole = sequence_flops(text, everything, dense().bind(text.num_hidden_layers)).total
 
@@ -119,14 +129,25 @@ def flops_lines(
         stage = {"at the start": decoder(schedule.plans[0]), "at the end": decoder(schedule.plans[-1])}
         if steps is not None:
             stage["mean of the stage"] = schedule.mean(decoder, steps)
-    before = vision_flops(config.vision_config)
-    before += connector_flops(config.connector_config, config.vision_config, text.hidden_size)
     return [
         f"{images} image(s) and {counts.get(TokenKind.TEXT, 0)} text tokens",
-        f"decoder, all {config.connector_config.num_tokens} visual tokens dense: {amount(whole, 'FLOPs')}",
+        f"decoder, all {everything[TokenKind.RETAINED]} visual tokens dense: {amount(whole, 'FLOPs')}",
         *(f"decoder, {when}: {amount(cost, 'FLOPs')} ({100 * cost / whole:.1f} %)" for when, cost in stage.items()),
-        f"vision tower and connector: {amount(images * before, 'FLOPs')}",
+        paper_line(config, schedule.plans[-1]),
+        f"vision tower, connector and merging: {amount(images * image_flops(config).total, 'FLOPs')}",
     ]
+
+
+def paper_line(config: SkipVisionConfig, plan: SkipPlan) -> str:
+    """Skip-Vision's own count of visual tokens (FLOPs of its Table 2), of the setting's dense baseline."""
+    text, kinds = config.text_config, Counter(config.image_token_kinds())
+    baseline = config.baseline_tokens(config.tiling_config.counts[-1])
+    whole = skip_vision_flops(text, {TokenKind.RETAINED: baseline}, dense().bind(text.num_hidden_layers)).total
+    try:
+        ratio = f"{100 * skip_vision_flops(text, kinds, plan).total / whole:.1f} % of {baseline} tokens dense"
+    except PlanError as error:
+        ratio = f"none; {error}"
+    return f"by Skip-Vision's formula, visual tokens alone: {ratio}"
 
 
 def group_lines(cfg: TrainConfig, model: nn.Module) -> list[str]:
@@ -183,7 +204,7 @@ def report(
         section("batches", [arithmetic.line(), "processes come from WORLD_SIZE, which launchers set"]),
         section("parameters", part_lines(parts)),
         section("optimizer groups", group_lines(cfg, model)),
-        section("tokens per image", [token_line(config)]),
+        section("tokens per image", token_lines(config)),
         section("plan", [*plan, *schedule_lines(cfg, schedule, arithmetic.steps)]),
         section("forward pass of one sample", flops_lines(config, counts, 1, schedule, arithmetic.steps)),
         section("memory", memory_lines(cfg, parts, arithmetic.processes)),

@@ -29,12 +29,13 @@ from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.errors import ConfigError, DataError, SkipVisionError
 from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.connector_settings import MqtConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.models.vision import read_vision_checkpoint
 from skipvision_train.plans.layout import IGNORE_INDEX
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training import dryrun
-from skipvision_train.training.batching import BatchArithmetic, TrainCollator
+from skipvision_train.training.batching import BatchArithmetic, ElasticQueries, TrainCollator
 from skipvision_train.training.checkpoints import (
     CONFIG,
     CheckpointInfo,
@@ -122,8 +123,10 @@ def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
         raise ConfigError(f"trainer.resume: never, but {run} already holds a run; use another trainer.output_dir")
     if started and recorded.is_file():
         # A field that did not exist when the run began did what its default does.
+        before = flatten(yaml.safe_load(recorded.read_text()))
         defaults = flatten(dataclasses.asdict(TrainConfig()))
-        check_same_run(defaults | flatten(yaml.safe_load(recorded.read_text())), dataclasses.asdict(cfg), run)
+        missing = {k: v for k, v in defaults.items() if not any(name == k or name.startswith(f"{k}.") for name in before)}
+        check_same_run(missing | before, dataclasses.asdict(cfg), run)
     if is_finished(run):
         return "finished"
     newest = newest_complete(run)
@@ -168,7 +171,16 @@ def assemble(cfg: TrainConfig) -> StageParts:
             # The name of transformers 5.17, which later 5.x only deprecate.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return StageParts(model, processor, dataset, TrainCollator(processor.pad_id))
+    collator = TrainCollator(processor.pad_id, elastic_queries(cfg, config))
+    return StageParts(model, processor, dataset, collator)
+
+
+def elastic_queries(cfg: TrainConfig, config: SkipVisionConfig) -> ElasticQueries | None:
+    """What draws the number of queries of every batch, where the connector wants that."""
+    connector = config.connector_config
+    if not isinstance(connector, MqtConfig) or not connector.elastic:
+        return None
+    return ElasticQueries(config.image_token_id, connector.queries, cfg.trainer.seed)
 
 
 def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> RecordDataset:
@@ -188,7 +200,8 @@ def open_model(cfg: TrainConfig, config: SkipVisionConfig) -> SkipVisionForCondi
         architecture = cfg.model.vision_architecture
         if vision is not None:
             check_vision_facts(cfg.model, read_vision_checkpoint(vision, architecture).facts, str(vision))
-        model, report = build_model(config, source_path(cfg.model.llm), vision, architecture)
+        connector = source_path(cfg.model.connector_weights)
+        model, report = build_model(config, source_path(cfg.model.llm), vision, architecture, connector)
     log.info("weights: %s", report.summary())
     return model
 

@@ -12,9 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from skipvision_train.analysis import flops
 from skipvision_train.analysis.geometry import load_geometry, text_config
 from skipvision_train.errors import PlanError
-from skipvision_train.models.configuration import ConnectorConfig, ReducerConfig, VisionConfig
-from skipvision_train.models.connectors import MultiScaleResampler
-from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans import (
     LayerRule,
     TokenKind,
@@ -256,37 +253,3 @@ def test_cache_and_decode_agree_with_the_executor(text_config_factory, name):
 def test_plan_of_another_depth_is_refused(tiny_text_config):
     with pytest.raises(PlanError, match="5 layers, the model has 3"):
         flops.sequence_flops(tiny_text_config, {TokenKind.TEXT: 4}, dense().bind(5))
-
-
-def test_merging_costs_nothing_when_nothing_merges():
-    assert flops.merge_flops(ReducerConfig.off(), 1024, 4096) == 0
-    assert flops.merge_flops(ReducerConfig(local_keep=1024), 1024, 4096) == 0
-    assert flops.merge_flops(ReducerConfig(local_keep=256), 1024, 4096) == 2 * 1024 * 1024 * 4096
-
-
-def test_vision_and_connector_by_hand():
-    """One block, one patch grid of 2 x 2, one level: small enough to write out."""
-    vision = VisionConfig(
-        image_size=8, patch_size=4, width=8, layers=4, heads=2, mlp_ratio=2.0, depths=(1,), quick_gelu=False
-    )
-    qkvo = 4 * 2 * 5 * 8 * 8
-    attention = 2 * 2 * 5 * 5 * 8
-    mlp = 2 * 2 * 5 * 8 * 16
-    patches = 2 * 4 * 48 * 8
-    assert flops.vision_flops(vision) == patches + qkvo + attention + mlp
-
-    connector = ConnectorConfig(windows=(2,), queries=(3,), head_dim=4)
-    cross = 2 * 3 * 8 * 8 * 2 + 2 * 4 * 8 * 16 + 2 * 2 * 3 * 4 * 8
-    mlp = 2 * 2 * 3 * 8 * 32
-    assert flops.connector_flops(connector, vision, text_width=32) == cross + mlp + 2 * 3 * 8 * 32
-
-
-def test_vision_and_connector_agree_with_the_counter_of_torch(tiny_config):
-    vision, connector = tiny_config.vision_config, tiny_config.connector_config
-    # In training mode, because the counter does not know the fused attention of nn.MultiheadAttention.
-    tower = ClipVisionTower(vision).train().requires_grad_(False)
-    resampler = MultiScaleResampler(connector, vision.grid, vision.width, len(vision.depths), 32).requires_grad_(False)
-    image = torch.randn(1, 3, vision.image_size, vision.image_size)
-    with sdpa_kernel(SDPBackend.MATH):  # fused kernels for the CPU are unknown to the counter
-        counted = [sum(_counted(m, x)["Global"].values()) for m, x in ((tower, image), (resampler, tower(image)))]
-    assert counted == [flops.vision_flops(vision), flops.connector_flops(connector, vision, 32)]

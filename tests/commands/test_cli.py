@@ -74,7 +74,7 @@ def test_config_becomes_the_dataclass(command, seen):
     assert type(cfg).__name__ == "TrainConfig"
     assert cfg.trainer.seed == 7
     assert cfg.model.reducer.local_keep == 128
-    assert cfg.model.connector.queries == [16, 256, 1024]
+    assert cfg.model.connector["queries"] == [16, 256, 1024]
     assert cfg.deepspeed.stage == 3
 
 
@@ -143,7 +143,8 @@ def test_local_rank_of_the_launcher(command, seen, monkeypatch, spelling):
         ("trainer.max_stps=3", "error: trainer.max_stps: no such field; did you mean 'max_steps'"),
         ("trainr.seed=3", "error: trainr: no such field; did you mean 'trainer'?"),
         ("trainer.max_steps=soon", "error: trainer.max_steps: Value 'soon' of type 'str' could not be converted"),
-        ("model.connector.windows=16", "error: model.connector.windows: "),
+        ("model.vision.depths=16", "error: model.vision.depths: "),
+        ("model.connector.window=16", "error: model.connector.window: "),
         ("model=sv_coz", "error: model: no configuration named 'sv_coz'; did you mean 'sv_cos'"),
         ("experimnt=sv_cos", "error: experimnt: "),
         ("data.recipe=???", "error: data.recipe: needs a value; give it as data.recipe=..."),

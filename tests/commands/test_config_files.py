@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 from skipvision_train import cli
 from skipvision_train.config import specs
 from skipvision_train.config.validate import validate
-from skipvision_train.models import configuration
+from skipvision_train.models import settings
+from skipvision_train.models.connector_settings import CONNECTORS, connector_dict
 from skipvision_train.resources import resource_dir
 
 CONF = resource_dir("conf")
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+GROUP_PATHS = {"connector": "connector@model.connector"}
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
@@ -26,7 +28,8 @@ def groups_of(command: str) -> set[str]:
     """The groups that a command's defaults list names."""
     entries = yaml.safe_load((CONF / f"{command}.yaml").read_text())["defaults"]
     keys = [key for entry in entries if isinstance(entry, dict) for key in entry]
-    return {key.removeprefix("optional ").split("@")[0] for key in keys}
+    groups = {key.removeprefix("optional ").split("@")[0] for key in keys}
+    return groups | ({"connector"} if "model" in groups else set())  # named by the files of model/
 
 
 def composed(command: str, *overrides: str):
@@ -41,7 +44,7 @@ def composed(command: str, *overrides: str):
 
 def test_all_files_are_found():
     # The number is here so that a glob that finds too little fails; adjust it when a file is added.
-    assert len(FILES) == 61
+    assert len(FILES) == 121
     assert set(COMMANDS) <= set(cli.COMMANDS)
     assert "train" in COMMANDS
 
@@ -51,12 +54,12 @@ def test_file_composes(file):
     if file.parent.name == "":
         composed(file.stem)
         return
-    group = str(file.parent)
+    group, choice = file.parts[0], "/".join(file.with_suffix("").parts[1:])
     users = [command for command in COMMANDS if group in groups_of(command)]
     assert users, f"no command's defaults name the group {group}"
     found = False
     for command in users:
-        cfg = composed(command, f"{group}={file.stem}")
+        cfg = composed(command, f"{GROUP_PATHS.get(group, group)}={choice}")
         found = True
         if command == "train" and group == "experiment":
             validate(OmegaConf.to_object(cfg), 1)
@@ -66,8 +69,8 @@ def test_file_composes(file):
 def test_experiment_keys_win_over_everything():
     cfg = composed("train", "experiment=cos_dense")
     assert cfg.trainer.output_dir == "outputs/cos_dense"  # its own key, over sv_cos's and over trainer/default's
-    assert cfg.model.plan == "dense"  # its own choice of the model, over sv_cos's
-    assert cfg.model.reducer.skip_finest is False
+    assert cfg.plan.method == "dense"  # its own choice of the plan, over sv_cos's
+    assert cfg.model.reducer.split == "none"
     assert cfg.deepspeed.stage == 3  # inherited
 
 
@@ -96,12 +99,20 @@ def test_experiments_are_short_and_say_how_to_run():
 @pytest.mark.parametrize(
     ("spec", "original"),
     [
-        (specs.VisionSpec, configuration.VisionConfig),
-        (specs.ConnectorSpec, configuration.ConnectorConfig),
-        (specs.ReducerSpec, configuration.ReducerConfig),
+        (specs.VisionSpec, settings.VisionConfig),
+        (specs.TilingSpec, settings.TilingConfig),
+        (specs.ReducerSpec, settings.ReducerConfig),
     ],
 )
 def test_specs_mirror_the_models_configuration(spec, original):
     ours, theirs = dataclasses.asdict(spec()), dataclasses.asdict(original())
     assert list(ours) == list(theirs)
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items()} == ours
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_connector_files_hold_every_field_at_its_default(name):
+    assert yaml.safe_load((CONF / "connector" / f"{name}.yaml").read_text()) == {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in connector_dict(CONNECTORS[name]()).items()
+    }

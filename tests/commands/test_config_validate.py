@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from skipvision_train.config.plans import PlanSpec
 from skipvision_train.config.specs import (
     DataSpec,
     DeepSpeedSpec,
     ModelSpec,
     RatesSpec,
+    ReducerSpec,
     StageSpec,
     TrainConfig,
     TrainerSpec,
+    VisionSpec,
 )
 from skipvision_train.config.validate import accumulation, check_sources, validate
 from skipvision_train.errors import ConfigError
@@ -21,7 +24,8 @@ from skipvision_train.plans import skip_ffn
 @pytest.fixture
 def cfg(tmp_path):
     return TrainConfig(
-        model=ModelSpec(plan="skip_ffn"),
+        model=ModelSpec(),
+        plan=PlanSpec("skip_ffn"),
         stage=StageSpec(lr=RatesSpec(connector=1e-3)),
         data=DataSpec(recipe="any"),
         trainer=TrainerSpec(output_dir=str(tmp_path), max_steps=3),
@@ -43,21 +47,30 @@ def test_the_default_is_valid(cfg):
     ("path", "value", "message"),
     [
         ("model.vision.image_size", 450, r"^model\.vision\.image_size: 450 is no multiple of .* 14"),
-        ("model.connector.windows", [32, 5, 2], r"^model\.connector\.windows\[1\]: 5 does not divide the 32 x 32 grid"),
-        ("model.connector.windows", [32, 4], r"^model\.connector\.queries: 3 levels, but .* has 2"),
-        ("model.connector.queries", [16, 100, 1024], r"^model\.connector\.queries\[1\]: 100 is no multiple of .* 64"),
-        ("model.connector.head_dim", 60, r"^model\.connector\.head_dim: 60 does not divide model\.vision\.width 1024"),
+        ("model.connector", {"windows": [32, 5, 2]}, r"^model\.connector\.windows\[1\]: 5 does not divide the 32 x"),
+        ("model.connector", {"windows": [32, 4]}, r"^model\.connector\.queries: 3 levels, but .* has 2"),
+        ("model.connector", {"queries": [16, 100, 1024]}, r"^model\.connector\.queries\[1\]: 100 is no multiple"),
+        ("model.connector", {"head_dim": 60}, r"^model\.connector\.head_dim: 60 does not divide vision\.width 1024"),
         ("model.reducer.local_keep", 2000, r"^model\.reducer\.local_keep: 2000 of 1024 tokens; use 1 to 1024"),
-        ("model.reducer.summary", "all", r"^model\.reducer\.summary: 'all' is unknown; use both, former"),
+        ("model.reducer.summary", "all", r"^model\.reducer\.summary: 'all' is unknown; use none, former"),
+        ("model.connector", {"windows": "4,2"}, r"^model\.connector\.windows: .*; the fields are windows, queries"),
+        ("model.connector", {"type": "mlp", "layer": 2}, r"^model\.connector\.layer: .*; the fields are layers, pool"),
+        ("model.connector", {"type": "mpl"}, r"^model\.connector\.type: 'mpl' is unknown; use resampler, mlp"),
+        ("model.connector", {"type": "mlp"}, r"^model\.vision\.depths: \[15, 22\]; this connector reads one"),
+        ("model.tiling.mode", "grid", r"^model\.tiling\.mode: 'grid' is unknown; use none, aspect, square"),
+        ("model.tiling.mode", "square", r"^model\.tiling\.mode: square with reducer\.split finest; use"),
+        ("model.reducer.split", "tiles", r"^model\.reducer\.split: tiles needs tiling\.mode aspect or square"),
+        ("model.reducer.split", "saliency", r"^model\.reducer\.retain: None with reducer\.split saliency"),
         ("model.text.num_key_value_heads", 5, r"^model\.text\.num_key_value_heads: 5 does not divide .* 32"),
         ("model.text.num_hidden_layers", 0, r"^model\.text\.num_hidden_layers: 0 is out of range; use 1 or more"),
-        ("model.plan", "none.json", r"^model\.plan: 'none.json' is neither dense nor skip_ffn nor a plan file"),
+        ("plan", PlanSpec("file", path="none.json"), r"^plan: none\.json: no such plan file"),
+        ("plan", PlanSpec("skipffn"), r"^plan\.method: 'skipffn' is unknown; use own, dense, skip_ffn"),
         ("stage.lr.connector", -1e-3, r"^stage\.lr\.connector: -0\.001 is out of range"),
         ("stage.lr.connector", None, r"^stage\.lr: every part is frozen; give at least one of vision, connector"),
         ("stage.template", "llama4", r"^stage\.template: template 'llama4' is unknown; use one of llama3, plain"),
         ("stage.schedule", "cosin", r"^stage\.schedule: 'cosin' is unknown; use cosine, linear, constant"),
         ("stage.warmup_ratio", 3.0, r"^stage\.warmup_ratio: 3\.0 is out of range; use 0 to less than 1"),
-        ("data.max_length", 400, r"^data\.max_length: 400 has no room for text beside the 528 visual tokens"),
+        ("data.max_length", 400, r"^data\.max_length: 400 has no room for text beside the 530 visual tokens"),
         ("data.max_length", 9000, r"^data\.max_length: 9000 is more than model\.text\.max_position_embeddings 8192"),
         ("data.on_error", "ignore", r"^data\.on_error: 'ignore' is unknown; use error, skip"),
         ("trainer.epochs", 1.0, r"^trainer\.max_steps: 3 with trainer\.epochs 1\.0; give exactly one"),
@@ -80,19 +93,40 @@ def test_rule(cfg, path, value, message):
 
 def test_plan_deeper_than_the_model(cfg, tmp_path):
     skip_ffn().bind(40).save(tmp_path / "plan.json")
-    cfg.model.plan = str(tmp_path / "plan.json")
-    with pytest.raises(ConfigError, match=r"^model\.plan: plan 'skip_ffn' has 40 layers, the model has 32"):
+    cfg.plan = PlanSpec("file", path=str(tmp_path / "plan.json"))
+    with pytest.raises(ConfigError, match=r"^plan: plan 'skip_ffn' has 40 layers, the model has 32"):
         validate(cfg, 1)
     cfg.model.text.num_hidden_layers = 40
     validate(cfg, 1)
 
 
-def test_plan_without_skipped_tokens(cfg):
-    cfg.model.reducer.skip_finest, cfg.model.reducer.local_keep = False, None
-    cfg.model.reducer.summary, cfg.model.reducer.last_local_ffn = "none", False
-    with pytest.raises(ConfigError, match=r"^model\.plan: skip_ffn skips nothing"):
+@pytest.mark.parametrize("method", ["skip_ffn", "skip_kv"])
+def test_plan_without_skipped_tokens(cfg, method):
+    cfg.model.reducer = ReducerSpec(split="none", local_keep=None, summary="none", last_local_ffn=False)
+    cfg.plan = PlanSpec(method)
+    with pytest.raises(
+        ConfigError, match=rf"^plan\.method: {method} skips nothing where model\.reducer\.split is none"
+    ):
         validate(cfg, 1)
-    cfg.model.plan = "dense"
+    cfg.plan = PlanSpec("dense")
+    validate(cfg, 1)
+
+
+@pytest.mark.parametrize(
+    ("retain", "message"),
+    [
+        (0, r"^model\.reducer\.retain: 0 of 576 tokens; use 1 to 575"),
+        (576, r"^model\.reducer\.retain: 576 of 576 tokens; use 1 to 575"),
+        (500, r"^model\.reducer\.local_keep: 156 of 76 tokens; use 1 to 76"),
+    ],
+)
+def test_more_tokens_than_there_are(cfg, retain, message):
+    cfg.model.vision = VisionSpec(image_size=336, depths=[23])
+    cfg.model.connector = {"type": "mlp"}
+    cfg.model.reducer = ReducerSpec(split="saliency", retain=retain, local_keep=156, former_over="retained")
+    with pytest.raises(ConfigError, match=message):
+        validate(cfg, 1)
+    cfg.model.reducer.retain = 100
     validate(cfg, 1)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from skipvision_train.data import images as module
-from skipvision_train.data.images import load_image, to_pixels, to_rgb
+from skipvision_train.data.images import image_size, load_image, to_pixels, to_rgb
 from skipvision_train.errors import DataError
-from skipvision_train.models.configuration import VisionConfig
+from skipvision_train.models.settings import VisionConfig
 
 
 def save(image, path, **options):
@@ -38,14 +41,94 @@ def test_another_extension_on_disk(picture, tmp_path):
     assert pixels_of(load_image(tmp_path / "cover.jpg", "7")) == pixels_of(original)
 
 
-def test_exif_orientation_is_applied(picture, tmp_path):
-    original = picture(6, 4)
+# What is done to the stored pixels (height, width, channels) to see them upright, by the EXIF standard's numbers.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+def exif_of(orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    path = save(original, tmp_path / "turned.png", exif=exif)
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "WEBP", "lossless": True}, {"format": "TIFF"}])
+def test_exif_orientation_is_applied(picture, tmp_path, orientation, options):
+    original = picture(6, 4)
+    path = save(original, tmp_path / "turned", exif=exif_of(orientation), **options)
+    expected = UPRIGHT[orientation](np.asarray(original))
     loaded = load_image(path, "7")
-    assert loaded.size == (4, 6)
-    assert pixels_of(loaded) == np.rot90(np.asarray(original), -1).tolist()
+    assert pixels_of(loaded) == expected.tolist()
+    assert image_size(path, "7") == loaded.size == expected.shape[1::-1]
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_rotated_photos(tmp_path, orientation):
+    """A JPEG whose quarters have four grey levels: lossy, but recognisable."""
+    quarters = np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((16, 24), dtype=np.uint8))
+    path = save(Image.fromarray(quarters), tmp_path / "photo.jpg", exif=exif_of(orientation))
+    loaded = np.asarray(load_image(path, "7"))[..., 0].astype(int)
+    expected = UPRIGHT[orientation](quarters)
+    assert loaded.shape == expected.shape
+    assert abs(loaded - expected).max() < 10
+    assert image_size(path, "7") == expected.shape[::-1]
+
+
+def chunks_of(png):
+    """[(name, bytes of the whole chunk)] of a PNG file."""
+    found, place = [], 8
+    while place < len(png):
+        (length,) = struct.unpack_from(">I", png, place)
+        found.append((png[place + 4 : place + 8], png[place : place + length + 12]))
+        place += length + 12
+    return found
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+XMP = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<rdf:Description tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("kind", ["exif", "xmp"])
+def test_orientation_of_a_png_wherever_it_stands(picture, tmp_path, place, kind):
+    original = picture(6, 4)
+    buffer = io.BytesIO()
+    original.save(buffer, "PNG", exif=exif_of(6))
+    chunks = chunks_of(buffer.getvalue())
+    orientation = dict(chunks)[b"eXIf"] if kind == "exif" else chunk(b"iTXt", XMP)
+    rest = [data for name, data in chunks if name != b"eXIf"]
+    rest.insert(1 if place == "before" else -1, orientation)
+    path = tmp_path / "turned.png"
+    path.write_bytes(buffer.getvalue()[:8] + b"".join(rest))
+    assert image_size(path, "7") == (4, 6)
+    assert pixels_of(load_image(path, "7")) == np.rot90(np.asarray(original), -1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_size_of_every_format(picture, tmp_path, kind):
+    path = save(picture(7, 5), tmp_path / "x.jpg", format=kind)
+    assert image_size(path, "7") == (7, 5)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_size_is_read_from_the_header(picture, tmp_path, kind):
+    path = save(picture(70, 50), tmp_path / "x.jpg", format=kind)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert image_size(path, "7") == (70, 50)
+    with pytest.raises(DataError, match="no image that can be decoded"):
+        load_image(path, "7")
 
 
 def test_transparency_is_laid_on_white(tmp_path):
@@ -56,6 +139,46 @@ def test_transparency_is_laid_on_white(tmp_path):
     palette.putpalette([10, 20, 30, 40, 50, 60])
     loaded = load_image(save(palette, tmp_path / "b.gif", transparency=1), "7")
     assert pixels_of(loaded) == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_partial_transparency_of_a_palette_and_transparent_colours(tmp_path):
+    palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), mode="P")
+    palette.putpalette([10, 20, 30, 200, 100, 0])
+    assert pixels_of(load_image(save(palette, tmp_path / "a.png"), "7")) == [[[10, 20, 30], [200, 100, 0]]]
+    loaded = load_image(save(palette, tmp_path / "b.png", transparency=bytes([255, 51])), "7")
+    assert pixels_of(loaded) == [[[10, 20, 30], [244, 224, 204]]]
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    path = save(rgb, tmp_path / "c.png", transparency=(4, 5, 6))
+    assert pixels_of(load_image(path, "7")) == [[[1, 2, 3], [255, 255, 255]]]
+    with Image.open(path) as image:  # as a caller opens it
+        assert pixels_of(to_rgb(image)) == [[[1, 2, 3], [255, 255, 255]]]
+    grey = Image.fromarray(np.array([[[77, 255], [77, 51]]], dtype=np.uint8), mode="LA")
+    assert pixels_of(load_image(save(grey, tmp_path / "d.png"), "7")) == [[[77] * 3, [219] * 3]]
+
+
+def test_rgb_is_not_copied(picture):
+    image = picture()
+    assert to_rgb(image) is image
+
+
+@pytest.mark.parametrize(("ink", "rgb"), [((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 255, 0), (0, 255, 0))])
+def test_cmyk_jpeg_as_adobe_writes_it(tmp_path, ink, rgb):
+    """Adobe stores the inks inverted and marks the file."""
+    path = save(Image.new("CMYK", (16, 16), ink), tmp_path / "print.jpg", quality=100)
+    assert b"Adobe" in path.read_bytes()
+    with Image.open(path) as image:
+        assert image.mode == "CMYK"
+    assert abs(np.asarray(load_image(path, "7")).astype(int) - rgb).max() <= 2
+
+
+@pytest.mark.parametrize("options", [{"format": "GIF"}, {"format": "WEBP", "lossless": True}])
+def test_of_an_animation_the_first_frame(tmp_path, options):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
+    path = save(frames[0], tmp_path / "moving", save_all=True, append_images=frames[1:], duration=50, **options)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    assert pixels_of(load_image(path, "7")) == [[[255, 0, 0]] * 6] * 4
+    assert image_size(path, "7") == (6, 4)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +198,48 @@ def test_sixteen_bit_png_is_scaled_not_clipped(tmp_path):
     assert pixels_of(loaded) == [[[0] * 3, [1] * 3, [128] * 3, [255] * 3]]
 
 
+def test_sixteen_bit_grey_of_either_byte_order(tmp_path):
+    grey = np.array([[0, 256], [0x8000, 0xFFFF]], dtype=np.uint16)
+    for order in "<>":
+        mode = "I;16" if order == "<" else "I;16B"
+        image = Image.frombytes(mode, (2, 2), grey.astype(f"{order}u2").tobytes())
+        loaded = load_image(save(image, tmp_path / "deep.tif"), "7")
+        assert pixels_of(loaded) == [[[0] * 3, [1] * 3], [[128] * 3, [255] * 3]]
+
+
+def test_float_grey_is_scaled(tmp_path):
+    grey = np.array([[0, 0.25, 0.999, 1]], dtype=np.float32)
+    loaded = load_image(save(Image.fromarray(grey), tmp_path / "float.tif"), "7")
+    assert pixels_of(loaded) == [[[0] * 3, [64] * 3, [255] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([0, 1.5], "float grey values from 0 to 1.5; values from 0 to 1 can be read"),
+        ([-0.5, 1], "float grey values from -0.5 to 1;"),
+        ([0.5, np.nan], "float grey values from nan to nan;"),
+        ([0.5, np.inf], "float grey values from 0.5 to inf;"),
+        ([0, 65536], "integer grey values from 0 to 65536; values from 0 to 65535 can be read"),
+        ([-1, 5], "integer grey values from -1 to 5;"),
+    ],
+)
+def test_values_without_a_known_white_are_refused(tmp_path, values, found):
+    dtype = np.int32 if found.startswith("integer") else np.float32
+    image = Image.fromarray(np.array([values], dtype=dtype))
+    with pytest.raises(DataError, match=rf"scan\.tif \(record 7\): {found}"):
+        load_image(save(image, tmp_path / "scan.tif"), "7")
+    with pytest.raises(DataError, match=f"^{found}"):
+        to_pixels([image], VisionConfig(image_size=32, patch_size=4))
+
+
 def test_missing_file_names_file_and_record(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jpg \(record 7\): no such image file"):
         load_image(tmp_path / "gone.jpg", "7")
     with pytest.raises(DataError, match="no such image file"):
         load_image(tmp_path, "7")
+    with pytest.raises(DataError, match=r"gone\.jpg \(record 7\): no such image file"):
+        image_size(tmp_path / "gone.jpg", "7")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
@@ -95,7 +255,10 @@ def test_truncated_files_are_refused_everywhere(picture, tmp_path, kind):
             load_image(path, "7")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
+avif = pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", avif])
 def test_damaged_files_give_an_image_or_a_data_error(picture, tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -112,15 +275,21 @@ def test_damaged_files_give_an_image_or_a_data_error(picture, tmp_path, kind):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata before it decides
             try:
-                assert load_image(path, "7").mode == "RGB"
+                loaded = load_image(path, "7")
             except DataError:
+                with suppress(DataError):
+                    image_size(path, "7")
                 continue
+            assert loaded.mode == "RGB"
+            assert image_size(path, "7") == loaded.size
 
 
-def test_text_is_no_image(tmp_path):
-    (tmp_path / "page.jpg").write_text("<html>404</html>")
-    with pytest.raises(DataError, match=r"page\.jpg \(record 7\)"):
-        load_image(tmp_path / "page.jpg", "7")
+@pytest.mark.parametrize("text", ["<html>404</html>", ""])
+@pytest.mark.parametrize("read", [load_image, image_size])
+def test_text_and_empty_files_are_no_images(tmp_path, text, read):
+    (tmp_path / "page.png").write_text(text)
+    with pytest.raises(DataError, match=r"page\.png \(record 7\): no image that can be decoded"):
+        read(tmp_path / "page.png", "7")
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
@@ -130,8 +299,19 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
         load_image(path, "7")
     monkeypatch.setattr(module, "MAX_PIXELS", 99)
     path = save(Image.new("RGB", (10, 10)), tmp_path / "small.png")
-    with pytest.raises(DataError, match="10 x 10 pixels; at most 99 are read"):
-        load_image(path, "7")
+    for read in (load_image, image_size):
+        with pytest.raises(DataError, match=r"small\.png \(record 7\): 10 x 10 pixels; at most 99 are read"):
+            read(path, "7")
+
+
+def test_sides_beyond_those_of_a_jpeg_are_refused(tmp_path):
+    image = Image.new("RGB", (1, 65536))
+    path = save(image, tmp_path / "line.png")
+    for read in (load_image, image_size):
+        with pytest.raises(DataError, match=r"line\.png \(record 7\): 1 x 65536 pixels; sides of at most 65535"):
+            read(path, "7")
+    with pytest.raises(DataError, match="1 x 65536 pixels; sides of at most 65535 are read"):
+        to_pixels([image], VisionConfig(image_size=32, patch_size=4))
 
 
 def cubic(x):

@@ -14,7 +14,7 @@ from skipvision_train.data.images import to_pixels
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.records import Turn
 from skipvision_train.errors import DataError
-from skipvision_train.models.configuration import ReducerConfig
+from skipvision_train.models.settings import ReducerConfig
 from skipvision_train.plans.rules import TokenKind
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageChops
 
 from skipvision_train.analysis import flops
+from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.data.images import load_image
 from skipvision_train.data.records import Record, Turn
 from skipvision_train.errors import DataError
@@ -156,7 +157,8 @@ def test_cost_is_the_mean_over_prompts(model, processor, records):
     assert cost.decoder_plan < cost.decoder_dense
     assert cost.tokens["skipped"] == 5 * 14 / 14  # 10 single images and 2 pairs over 14 prompts, 5 tokens each
     assert cost.kv_bytes_dense - cost.kv_bytes_plan == pytest.approx(5 * 3 * 2 * 16 * 2)
-    assert cost.vision == pytest.approx(flops.vision_flops(model.config.vision_config))
+    image = image_flops(model.config)
+    assert (cost.vision, cost.connector) == pytest.approx((image.vision, image.connector + image.merging))
     with pytest.raises(ValueError, match="at least one"):
         sample_cost(model, [])
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipvision_train.models.merging import Merge, apply_merge, decide_merge, merge_tokens
+from skipvision_train.models.merging import Merge, apply_merge, decide_merge, merge_rounds, merge_tokens
 
 
 def brute_force(rows: list[list[float]], keep: int) -> tuple[list[int], list[int], list[list[float]]]:
@@ -207,3 +207,57 @@ def test_bad_arguments_are_refused():
 def test_sizes_count_what_a_merge_says():
     merge = Merge(torch.tensor([[0, 2]]), torch.tensor([[0, 1, 1, -1]]))
     assert merge.sizes().tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "rounds", "expected"),
+    [
+        (1024, 256, 1, [256]),
+        (1024, 256, 2, [512, 256]),
+        (576, 100, 3, [322, 180, 100]),
+        (5, 4, 3, [4]),
+        (6, 1, 2, [3, 1]),
+    ],
+)
+def test_rounds_divide_by_the_same_factor(count, keep, rounds, expected):
+    assert merge_rounds(count, keep, rounds) == expected
+
+
+@pytest.mark.parametrize("order", ["similarity", "raster"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rounds_equal_one_shot_merges_one_after_the_other(weighted, order):
+    """By hand: which original tokens every slot stands for, with the weight each has in its mean."""
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 18, 4)
+    found = merge_tokens(tokens, 4, order=order, rounds=3, weighted=weighted)
+    for image, result in zip(tokens, found, strict=True):
+        shares = torch.eye(18)  # row: a slot; column: the weight of an original token in its mean
+        for left in merge_rounds(18, 4, 3):
+            merge = decide_merge((shares @ image)[None], left, order=order if left == 4 else "raster")
+            members = merge.assignment()[0].float()
+            sizes = (shares > 0).sum(1).float() if weighted else torch.ones(len(shares))
+            weights = members * sizes
+            shares = (weights / weights.sum(1, keepdim=True)) @ shares
+        torch.testing.assert_close(result, shares @ image)
+        if weighted:  # every original token of a slot counts the same
+            assert all(len(row[row > 0].round(decimals=5).unique()) == 1 for row in shares)
+
+
+def test_weights_change_later_rounds_only():
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 20, 3)
+    torch.testing.assert_close(merge_tokens(tokens, 5, weighted=True), merge_tokens(tokens, 5, weighted=False))
+    assert not torch.allclose(merge_tokens(tokens, 5, rounds=3), merge_tokens(tokens, 5, rounds=3, weighted=False))
+
+
+def test_sizes_weigh_the_mean():
+    tokens = torch.tensor([[[1.0, 0.0], [0.9, 0.0], [0.0, 1.0]]])
+    merge = decide_merge(tokens, 2)
+    found = apply_merge(tokens, merge, torch.tensor([[3.0, 1.0, 2.0]]))
+    expected = {(0.975, 0.0), (0.0, 1.0)}
+    assert {tuple(round(float(x), 6) for x in token) for token in found[0]} == expected
+
+
+def test_a_mask_is_for_one_round():
+    with pytest.raises(ValueError, match="mask: with 2 rounds"):
+        merge_tokens(torch.randn(1, 4, 2), 2, torch.ones(1, 4, dtype=torch.bool), rounds=2)

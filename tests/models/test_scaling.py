@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from skipvision_train.errors import CheckpointError, ConfigError
-from skipvision_train.models.configuration import ConnectorConfig
-from skipvision_train.models.connectors import MultiScaleResampler
+from skipvision_train.models.connector_settings import ResamplerConfig
+from skipvision_train.models.features import VisionFeatures
+from skipvision_train.models.resampler import MultiScaleResampler
 from skipvision_train.models.scaling import repeat_queries, scale_resampler
 
 WIDTH, OUT = 8, 6
-SMALL = ConnectorConfig(windows=(16, 4), queries=(16, 64), head_dim=4)
-LARGE = ConnectorConfig(windows=(32, 4, 2), queries=(16, 256, 1024), head_dim=4)
+SMALL = ResamplerConfig(windows=(16, 4), queries=(16, 64), head_dim=4)
+LARGE = ResamplerConfig(windows=(32, 4, 2), queries=(16, 256, 1024), head_dim=4)
 
 
-def pretrained(config: ConnectorConfig = SMALL, grid: int = 16) -> MultiScaleResampler:
+def pretrained(config: ResamplerConfig = SMALL, grid: int = 16) -> MultiScaleResampler:
     torch.manual_seed(0)
     model = MultiScaleResampler(config, grid, WIDTH, 2, OUT)
     for parameter in model.parameters():
@@ -67,8 +68,10 @@ def test_a_scaled_level_computes_what_the_old_one_does_on_a_corresponding_window
         home = slice(row // 2 * 4, row // 2 * 4 + 4), slice(column // 2 * 4, column // 2 * 4 + 4)
         for s, b in zip(small, large, strict=True):
             b[(slice(None), *place)] = s[(slice(None), *home)]
-        tokens = new([b.flatten(1, 2) for b in large])[1][0].view(8, 8, 4, OUT)[row, column]
-        expected = old([s.flatten(1, 2) for s in small])[1][0].view(4, 4, 4, OUT)[row // 2, column // 2]
+        tokens = new(VisionFeatures(tuple(b.flatten(1, 2) for b in large)))[1][0].view(8, 8, 4, OUT)[row, column]
+        expected = old(VisionFeatures(tuple(s.flatten(1, 2) for s in small)))[1][0].view(4, 4, 4, OUT)[
+            row // 2, column // 2
+        ]
         torch.testing.assert_close(tokens, expected)
     large = [torch.randn(1, 32, 32, WIDTH) for _ in range(2)]
     row, column = 9, 14
@@ -76,8 +79,10 @@ def test_a_scaled_level_computes_what_the_old_one_does_on_a_corresponding_window
         window = b[:, row * 2 : row * 2 + 2, column * 2 : column * 2 + 2]
         doubled = window.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
         s[:, row // 4 * 4 : row // 4 * 4 + 4, column // 4 * 4 : column // 4 * 4 + 4] = doubled
-    tokens = new([b.flatten(1, 2) for b in large])[2][0].view(16, 16, 4, OUT)[row, column]
-    expected = old([s.flatten(1, 2) for s in small])[1][0].view(4, 4, 4, OUT)[row // 4, column // 4]
+    tokens = new(VisionFeatures(tuple(b.flatten(1, 2) for b in large)))[2][0].view(16, 16, 4, OUT)[row, column]
+    expected = old(VisionFeatures(tuple(s.flatten(1, 2) for s in small)))[1][0].view(4, 4, 4, OUT)[
+        row // 4, column // 4
+    ]
     torch.testing.assert_close(tokens, expected)
 
 
@@ -89,8 +94,8 @@ def test_same_shape_is_the_identity():
 
 
 def test_equal_levels_map_one_to_one():
-    old = ConnectorConfig(windows=(8, 4, 2), queries=(3, 8, 16), head_dim=4)
-    new = ConnectorConfig(windows=(16, 4, 2), queries=(3, 32, 64), head_dim=4)
+    old = ResamplerConfig(windows=(8, 4, 2), queries=(3, 8, 16), head_dim=4)
+    new = ResamplerConfig(windows=(16, 4, 2), queries=(3, 32, 64), head_dim=4)
     state = pretrained(old, 8).state_dict()
     scaled = scale_resampler(state, old, 8, new, 16)
     for level in range(3):
@@ -100,10 +105,71 @@ def test_equal_levels_map_one_to_one():
     MultiScaleResampler(new, 16, WIDTH, 2, OUT).load_state_dict(scaled)
 
 
-def test_336_tokens_are_reached_too():
-    new = ConnectorConfig(windows=(32, 8, 4), queries=(16, 64, 256), head_dim=4)
-    scaled = scale_resampler(pretrained().state_dict(), SMALL, 16, new, 32)
-    MultiScaleResampler(new, 32, WIDTH, 2, OUT).load_state_dict(scaled)
+# Windows and queries of the released configurations and others, with the pretrained level each level starts from. The
+# levels of 80 tokens hold 16 queries per window of the whole image and 4 per window of a 4 x 4 grid.
+GEOMETRIES = [
+    # 336 px: 24 patches per side
+    (24, (24, 6), (16, 64), [0, 1]),
+    # 448 px
+    (32, (32, 8), (16, 64), [0, 1]),
+    (32, (32, 16, 4), (16, 64, 256), [0, 0, 1]),
+    (32, (32, 8, 4), (16, 64, 256), [0, 1, 1]),
+    (32, (32, 8, 2), (16, 64, 1024), [0, 1, 1]),
+    (32, (32, 8, 2), (16, 256, 1024), [0, 0, 1]),
+    (32, (32, 4, 2), (16, 256, 1024), [0, 1, 1]),
+    (32, (32, 16, 4, 2), (16, 64, 256, 1024), [0, 0, 1, 1]),
+    (32, (32, 8, 4, 2), (16, 64, 256, 1024), [0, 1, 1, 1]),
+    (32, (32, 8, 2, 1), (16, 256, 1024, 4096), [0, 0, 1, 1]),
+    # 672 px: a window of the pretrained grid becomes 3 x 3, 2 x 2 or 6 x 6
+    (48, (48, 12), (16, 64), [0, 1]),
+    (48, (48, 4, 2), (16, 576, 2304), [0, 1, 1]),
+    (48, (48, 6, 3), (16, 256, 1024), [0, 1, 1]),
+    (48, (48, 16, 4, 2), (16, 144, 576, 2304), [0, 0, 1, 1]),
+    (48, (48, 24, 4, 2), (16, 64, 576, 2304), [0, 0, 1, 1]),
+    (48, (48, 6, 4, 2), (16, 256, 576, 2304), [0, 1, 1, 1]),
+    # 896 px
+    (64, (64, 8, 4), (16, 256, 1024), [0, 1, 1]),
+    (64, (64, 16, 8, 4), (16, 64, 256, 1024), [0, 1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize(("grid", "windows", "queries", "sources"), GEOMETRIES)
+def test_80_tokens_to_every_geometry_weight_by_weight(grid, windows, queries, sources):
+    new = ResamplerConfig(windows=windows, queries=queries, head_dim=4)
+    state = pretrained().state_dict()
+    scaled = scale_resampler(state, SMALL, 16, new, grid)
+    MultiScaleResampler(new, grid, WIDTH, 2, OUT).load_state_dict(scaled, strict=True)
+    for name in ("norm.weight", "norm.bias", "projection.weight", "projection.bias"):
+        assert scaled[name].equal(state[name])
+    for level, source in enumerate(sources):
+        expected = {
+            name.removeprefix(f"levels.{source}."): t for name, t in state.items() if f"levels.{source}." in name
+        }
+        found = {name.removeprefix(f"levels.{level}."): t for name, t in scaled.items() if f"levels.{level}." in name}
+        assert set(found) == set(expected)
+        assert all(found[name].equal(expected[name]) for name in found if name != "queries")
+        # Every query is the one of the pretrained window that lies over the middle of its own window.
+        side, old_side = grid // windows[level], 16 // SMALL.windows[source]
+        each = SMALL.queries[source] // old_side**2
+        middle = [(2 * i + 1) * old_side // (2 * side) for i in range(side)]
+        rows = [
+            (middle[row] * old_side + middle[column]) * each + query
+            for row in range(side)
+            for column in range(side)
+            for query in range(each)
+        ]
+        assert found["queries"].equal(expected["queries"][rows])
+
+
+def test_a_third_stage_scales_the_second():
+    new = ResamplerConfig(windows=(64, 8, 4, 2), queries=(16, 256, 1024, 4096), head_dim=4)
+    state = pretrained(LARGE, 32).state_dict()
+    scaled = scale_resampler(state, LARGE, 32, new, 64)
+    # 8 x 8 and 16 x 16 windows of LARGE: only the first divide into 8 x 8, the second also into 16 x 16 and 32 x 32.
+    for level, source in enumerate((0, 1, 2, 2)):
+        name = "blocks.1.mlp.1.weight"
+        assert scaled[f"levels.{level}.{name}"].equal(state[f"levels.{source}.{name}"])
+    assert scaled["levels.2.queries"].equal(state["levels.2.queries"])
 
 
 @pytest.mark.parametrize(
@@ -111,19 +177,19 @@ def test_336_tokens_are_reached_too():
     [
         (
             (32, 16, 4),
-            (16, 64, 256),
-            r"connector.queries\[1\]: 16 queries per window, but level 1 of the weights has 4",
+            (16, 32, 256),
+            r"connector.queries\[1\]: 8 queries per window, but the levels of the weights have 16 and 4",
         ),
         (
             (32, 4, 2),
             (8, 256, 1024),
-            r"connector.queries\[0\]: 8 queries per window, but level 0 of the weights has 16",
+            r"connector.queries\[0\]: 8 queries per window, but the levels of the weights have 16 and 4",
         ),
         ((32, 16, 4), (16, 16, 256), r"connector.windows\[1\]: 2 x 2 windows are no multiple of the 4 x 4"),
     ],
 )
 def test_levels_that_cannot_be_mapped_are_named(windows, queries, message):
-    new = ConnectorConfig(windows=windows, queries=queries, head_dim=4)
+    new = ResamplerConfig(windows=windows, queries=queries, head_dim=4)
     with pytest.raises(ConfigError, match=message):
         scale_resampler(pretrained().state_dict(), SMALL, 16, new, 32)
 
@@ -131,7 +197,7 @@ def test_levels_that_cannot_be_mapped_are_named(windows, queries, message):
 def test_other_mismatches_are_named():
     state = pretrained().state_dict()
     with pytest.raises(ConfigError, match=r"connector.head_dim: 8, but the weights were trained with 4"):
-        scale_resampler(state, SMALL, 16, ConnectorConfig(windows=(16, 4), queries=(16, 64), head_dim=8), 16)
+        scale_resampler(state, SMALL, 16, ResamplerConfig(windows=(16, 4), queries=(16, 64), head_dim=8), 16)
     with pytest.raises(ConfigError, match=r"connector.windows\[0\]: 32 does not divide"):
         scale_resampler(state, SMALL, 16, LARGE, 16)
     state["levels.1.queries"] = state["levels.1.queries"][:32]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from skipvision_train.errors import CheckpointError
-from skipvision_train.models.configuration import VisionConfig
+from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.models.settings import VisionConfig
 from skipvision_train.models.vision import (
     ClipVisionTower,
     load_vision_weights,
@@ -30,6 +31,7 @@ def reference(activation: str, image_size: int = 16) -> CLIPVisionModel:
     torch.manual_seed(0)
     model = CLIPVisionModel(
         CLIPVisionConfig(
+            attn_implementation="eager",
             hidden_size=16,
             intermediate_size=40,
             num_hidden_layers=LAYERS,
@@ -44,11 +46,11 @@ def reference(activation: str, image_size: int = 16) -> CLIPVisionModel:
     return model
 
 
-def tower_of(model: CLIPVisionModel, folder: Path, **changes) -> ClipVisionTower:
+def tower_of(model: CLIPVisionModel, folder: Path, readout: str = "none", **changes) -> ClipVisionTower:
     model.save_pretrained(folder)
     checkpoint = read_vision_checkpoint(folder)
     config = VisionConfig(**{**checkpoint.facts, "depths": tuple(range(LAYERS + 1)), **changes})
-    tower = ClipVisionTower(config).eval()
+    tower = ClipVisionTower(config, readout).eval()
     load_vision_weights(tower, checkpoint)
     return tower
 
@@ -60,7 +62,7 @@ def test_every_depth_equals_transformers(activation, tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model(pixels, output_hidden_states=True).hidden_states
-        found = tower(pixels)
+        found = tower(pixels).states
     assert len(found) == len(expected) == LAYERS + 1
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == (2, 16, 16)
@@ -73,7 +75,7 @@ def test_the_activation_matters(tmp_path):
     wrong.load_state_dict(tower.state_dict())
     pixels = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        difference = (tower(pixels)[-1] - wrong(pixels)[-1]).abs().max()
+        difference = (tower(pixels).states[-1] - wrong(pixels).states[-1]).abs().max()
     assert difference > 1e-2
 
 
@@ -84,7 +86,7 @@ def test_another_resolution_equals_transformers(size, tmp_path):
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
         expected = model(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
-        for ours, theirs in zip(tower(pixels), expected, strict=True):
+        for ours, theirs in zip(tower(pixels).states, expected, strict=True):
             torch.testing.assert_close(ours, theirs[:, 1:], **TOLERANCE)
 
 
@@ -120,7 +122,7 @@ def test_depths_are_returned_in_their_order_and_nothing_deeper_is_built(tmp_path
     some.load_state_dict({name: full.state_dict()[name] for name in names})
     pixels = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        states, (two, zero) = full(pixels), some(pixels)
+        states, (two, zero) = full(pixels).states, some(pixels).states
     torch.testing.assert_close(two, states[2], rtol=0, atol=0)
     torch.testing.assert_close(zero, states[0], rtol=0, atol=0)
 
@@ -140,7 +142,7 @@ def test_every_parameter_gets_the_same_gradient_with_and_without_checkpointing(r
     torch.manual_seed(1)
     pixels = torch.randn(1, 3, 16, 16)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = sum(state.square().mean() for state in tower(pixels))
+        loss = sum(state.square().mean() for state in tower(pixels).states)
     stored = sum(saved)
     loss.backward()
     for name, parameter in tower.named_parameters():
@@ -148,10 +150,134 @@ def test_every_parameter_gets_the_same_gradient_with_and_without_checkpointing(r
         assert parameter.grad.abs().max() > 0, name
     plain = ClipVisionTower(tower.config).train()
     plain.load_state_dict(tower.state_dict())
-    sum(state.square().mean() for state in plain(pixels)).backward()
+    sum(state.square().mean() for state in plain(pixels).states).backward()
     for ours, theirs in zip(tower.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
     assert stored < 10_000 if recompute else stored > 10_000
+
+
+def eager_readout(model: CLIPVisionModel, pixels: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class attention summed over heads, and mean keys, of the block that puts out this depth."""
+    taken, name = [], f"layers.{depth - 1}.self_attn.k_proj"
+    (projection,) = (module for path, module in model.named_modules() if path.endswith(name))
+    hook = projection.register_forward_hook(lambda *args: taken.append(args[2]))
+    with torch.no_grad():
+        maps = model(pixels, output_attentions=True).attentions
+    hook.remove()
+    return maps[depth - 1][:, :, 0, 1:].sum(1), taken[0][:, 1:].unflatten(-1, (2, 8)).mean(2)
+
+
+@pytest.mark.parametrize("depths", [(2,), (1, 3), (3, 0, 1)])
+def test_class_attention_and_keys_equal_transformers_eager(depths, tmp_path):
+    model = reference("quick_gelu")
+    tower = tower_of(model, tmp_path, "attention", depths=depths)
+    pixels = torch.randn(3, 3, 16, 16)
+    found = tower(pixels)
+    saliency, keys = eager_readout(model, pixels, depths[-1])
+    assert found.saliency.dtype == torch.float32
+    torch.testing.assert_close(found.saliency, saliency, **TOLERANCE)
+    torch.testing.assert_close(found.keys, keys, **TOLERANCE)
+    assert saliency.std() > 1e-2  # attention is far from uniform, so the comparison says something
+
+
+def test_the_layer_that_llava_reads_is_the_one_before_the_last(tmp_path):
+    """``mm_vision_select_layer`` -2 with ``attentions[-2]``: the block whose output is ``hidden_states[-2]``."""
+    model = reference("quick_gelu")
+    tower = tower_of(model, tmp_path, "attention", depths=(LAYERS - 1,))
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True, output_attentions=True)
+        found = tower(pixels)
+    torch.testing.assert_close(found.states[0], expected.hidden_states[-2][:, 1:], **TOLERANCE)
+    torch.testing.assert_close(found.cls, expected.hidden_states[-2][:, 0], **TOLERANCE)
+    torch.testing.assert_close(found.saliency, expected.attentions[-2][:, :, 0, 1:].sum(1), **TOLERANCE)
+
+
+@pytest.mark.parametrize("depths", [(1, 2), (2, 0)])
+def test_similarity_is_the_cosine_with_the_class_token(depths, tmp_path):
+    model = reference("quick_gelu")
+    tower = tower_of(model, tmp_path, "similarity", depths=depths)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        state = model(pixels, output_hidden_states=True).hidden_states[depths[-1]].double()
+    found = tower(pixels)
+    for image in range(2):
+        for patch in range(16):
+            one, other = state[image, 0], state[image, 1 + patch]
+            expected = (one @ other / (one @ one).sqrt() / (other @ other).sqrt()).item()
+            assert found.saliency[image, patch].item() == pytest.approx(expected, abs=1e-5)
+    assert found.keys is None
+    torch.testing.assert_close(found.cls, state[:, 0].float(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_reading_changes_no_state_and_nothing_is_read_unasked(training, tmp_path):
+    model = reference("quick_gelu")
+    pixels = torch.randn(2, 3, 16, 16)
+    plain = tower_of(model, tmp_path).train(training)(pixels)
+    assert plain.cls is plain.saliency is plain.keys is None
+    for readout in ("attention", "similarity"):
+        read = tower_of(model, tmp_path, readout).train(training)(pixels)
+        for ours, theirs in zip(read.states, plain.states, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_read_has_no_gradient_but_the_class_token_has(recompute, tmp_path):
+    tower = tower_of(reference("quick_gelu"), tmp_path, "attention", depths=(2,)).train()
+    tower.gradient_checkpointing = recompute
+    found = tower(torch.randn(2, 3, 16, 16))
+    assert not found.saliency.requires_grad
+    assert not found.keys.requires_grad
+    found.cls.square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in tower.parameters())
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of all tensors that operators put out."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(x)}
+        return out
+
+
+def test_no_attention_map_is_made(tmp_path):
+    tower = tower_of(reference("quick_gelu"), tmp_path, "attention", depths=(2,))
+    with Shapes() as shapes:
+        tower(torch.randn(2, 3, 16, 16))
+    assert (2, 2, 1, 17) in shapes.seen  # the class token's row
+    assert not [shape for shape in shapes.seen if shape[-2:] == (17, 17)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_reads_nearly_the_same(autocast, tmp_path):
+    tower = tower_of(reference("quick_gelu"), tmp_path, "attention", depths=(1,))
+    with torch.no_grad():  # the other tests' weights are so large that rounding moves attention far
+        for parameter in tower.parameters():
+            parameter.mul_(0.4)
+    pixels = torch.randn(2, 3, 16, 16)
+    exact = tower(pixels)
+    if not autocast:
+        tower = tower.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = tower(pixels)
+    assert found.saliency.dtype == found.keys.dtype == torch.float32
+    torch.testing.assert_close(found.saliency, exact.saliency, rtol=0.03, atol=0)
+    torch.testing.assert_close(found.keys, exact.keys, rtol=0, atol=0.03 * exact.keys.abs().max().item())
+
+
+def test_readouts_that_do_not_exist_are_refused():
+    config = VisionConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, depths=(1, 0))
+    with pytest.raises(ConfigError, match=r"vision\.depths: \[1, 0\] ends with the embedding output"):
+        ClipVisionTower(config, "attention")
+    ClipVisionTower(config, "similarity")
+    with pytest.raises(ConfigError, match="readout: 'keys' is unknown; use none, attention, similarity"):
+        ClipVisionTower(config, "keys")
 
 
 def test_wrong_images_are_refused(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from skipvision_train.errors import CheckpointError
-from skipvision_train.models.configuration import OPENAI_MEAN, VisionConfig
+from skipvision_train.models.settings import OPENAI_MEAN, VisionConfig
 from skipvision_train.models.vision import (
     ClipVisionTower,
     load_vision_weights,
@@ -47,6 +47,19 @@ def write_config(folder: Path, **vision: object) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(content))
 
 
+def write_pickles(state: dict, folder: Path, shards: int) -> None:
+    """``pytorch_model*.bin`` as older transformers wrote it, with the position ids that older CLIP models had."""
+    first = next(name for name in state if name.endswith("embeddings.class_embedding"))
+    state = {**state, first.replace("class_embedding", "position_ids"): torch.arange(17)[None]}
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    names = {name: f"pytorch_model-0000{i % shards + 1}-of-0000{shards}.bin" for i, name in enumerate(state)}
+    for file in set(names.values()):
+        torch.save({name: tensor for name, tensor in state.items() if names[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
 def check_tower(tower: ClipVisionTower, model: open_clip.CLIP) -> None:
     """Compare with open_clip's own intermediate outputs."""
     pixels = torch.randn(2, 3, 16, 16)
@@ -54,7 +67,7 @@ def check_tower(tower: ClipVisionTower, model: open_clip.CLIP) -> None:
         expected = model.visual.forward_intermediates(
             pixels, indices=[0, 1], intermediates_only=True, output_fmt="NLC"
         )["image_intermediates"]
-        for ours, theirs in zip(tower(pixels), expected, strict=True):
+        for ours, theirs in zip(tower(pixels).states, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -115,6 +128,7 @@ def test_facts_of_named_architectures():
     assert config == VisionConfig()
     assert facts["image_size"] == 224
     assert vision_facts("ViT-L-14")["quick_gelu"] is False
+    assert vision_facts("ViT-L-14-336-quickgelu") == {**facts, "image_size": 336}
     assert vision_facts("ViT-H-14")["heads"] == 16
     with pytest.raises(CheckpointError, match=r"'ViT-L-14-quikgelu'; near names: .*ViT-L-14-quickgelu"):
         vision_facts("ViT-L-14-quikgelu")
@@ -136,7 +150,7 @@ def test_most_named_vision_transformers_build_under_their_facts():
 
 
 @pytest.mark.parametrize("kind", ["vision", "projection", "clip"])
-@pytest.mark.parametrize("form", ["single", "sharded", "bin"])
+@pytest.mark.parametrize("form", ["single", "sharded", "bin", "sharded bin"])
 def test_transformers_directory(kind, form, tmp_path):
     torch.manual_seed(0)
     if kind == "clip":
@@ -148,10 +162,10 @@ def test_transformers_directory(kind, form, tmp_path):
         model = (CLIPVisionModel if kind == "vision" else CLIPVisionModelWithProjection)(CLIPVisionConfig(**HF_VISION))
         vision = model.eval() if kind == "vision" else model.eval().vision_model
     model.save_pretrained(tmp_path, max_shard_size="5KB" if form == "sharded" else "1GB")
-    if form == "bin":
+    if form.endswith("bin"):
         (tmp_path / "model.safetensors").unlink()
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    assert (tmp_path / "model.safetensors.index.json").exists() == (form == "sharded")
+        write_pickles(model.state_dict(), tmp_path, shards=3 if form == "sharded bin" else 1)
+    assert bool(list(tmp_path.glob("*.index.json"))) == ("sharded" in form)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "image_std": [0.2] * 3}))
     checkpoint = read_vision_checkpoint(tmp_path)
     assert (checkpoint.facts["image_mean"], checkpoint.facts["image_std"]) == ((0.1,) * 3, (0.2,) * 3)
@@ -161,13 +175,15 @@ def test_transformers_directory(kind, form, tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = vision(pixels, output_hidden_states=True).hidden_states
-        for ours, depth in zip(tower(pixels), (0, 2), strict=True):
+        for ours, depth in zip(tower(pixels).states, (0, 2), strict=True):
             torch.testing.assert_close(ours, expected[depth][:, 1:], rtol=0, atol=2e-5)
     assert {"ln_post.weight", "ln_post.bias"} < set(report.unused)
     assert ("visual_projection.weight" in report.unused) == (kind != "vision")
     assert ("text_projection.weight" in report.unused) == (kind == "clip")
     # every tensor is accounted for: taken (q, k and v become one) or reported
-    assert len(model.state_dict()) == len(checkpoint.state) + 2 * 2 * 3 + len(checkpoint.other)
+    extra = 1 if form.endswith("bin") else 0
+    assert len(model.state_dict()) + extra == len(checkpoint.state) + 2 * 2 * 3 + len(checkpoint.other)
+    assert sum(name.endswith("position_ids") for name in checkpoint.other) == extra
 
 
 def test_mlp_ratio_gives_back_the_intermediate_size(tmp_path):
@@ -220,7 +236,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"found none of open_clip_model\.safetensors"):
         read_vision_checkpoint(tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(CheckpointError, match=r"open_clip_model\.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"open_clip_model\.safetensors: damaged or truncated"):
         read_vision_checkpoint(tmp_path)
     save_file({"weight": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
     with pytest.raises(CheckpointError, match=r"no tensor is named visual\."):
@@ -238,7 +254,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return Path.touch, (marker,)
 
     torch.save({"visual.conv1.weight": Payload()}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"weights\.pt: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"weights\.pt: no plain file of tensors: it holds other"):
         read_vision_checkpoint(tmp_path / "weights.pt", "ViT-B-32")
     assert not marker.exists()
 

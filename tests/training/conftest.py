@@ -46,8 +46,8 @@ STAGE = {
         },
         "connector": {"windows": [8, 4, 2], "queries": [2, 4, 16], "head_dim": 16},
         "reducer": {"local_keep": 6},
-        "plan": "skip_ffn",
     },
+    "plan": {"method": "skip_ffn"},
     "stage": {
         "template": "llama3",
         "warmup_ratio": 0.25,
@@ -67,6 +67,10 @@ STAGE = {
         "gradient_checkpointing": False,
     },
 }
+
+
+HD_DEFAULTS = {"defaults": [{"override /model": "llava"}, {"override /connector@model.connector": "mlp"}]}
+"""LLaVA's projector in place of the resampler."""
 
 
 def write_tokenizer(folder):
@@ -89,7 +93,8 @@ def write_data(folder):
         if i in (4, 5):
             records.append({"id": i, "conversations": [{"from": "human", "value": "name a colour"}, answer]})
             continue
-        Image.new("RGB", (40, 30), (20 * i, 255 - 20 * i, 90)).save(folder / "images" / f"{i}.png")
+        size = (40, 30) if i % 3 else (30, 70)  # other numbers of tiles, where images are cut into tiles
+        Image.new("RGB", size, (20 * i, 255 - 20 * i, 90)).save(folder / "images" / f"{i}.png")
         question = {"from": "human", "value": "<image>\nwhich colour?"}
         records.append({"id": i, "image": f"{i}.png", "conversations": [question, answer]})
     (folder / "data.json").write_text(json.dumps(records))
@@ -107,8 +112,16 @@ def workspace(tmp_path_factory):
     stage["model"]["tokenizer"] = str(folder / "tokenizer")
     stage["data"]["recipe"] = str(folder / "data" / "recipe.yaml")
     (folder / "conf" / "experiment").mkdir(parents=True)
-    text = yaml.safe_dump(stage, sort_keys=False)
-    (folder / "conf" / "experiment" / "tiny.yaml").write_text(f"# @package _global_\n{text}")
+    hd = copy.deepcopy(stage)
+    hd["model"]["connector"] = {"type": "mlp", "layers": 2, "pool": 1}
+    hd["model"]["vision"] |= {"image_size": 16, "depths": [2]}
+    hd["model"]["tiling"] = {"mode": "aspect", "max_tiles": 3}
+    tiles = {"split": "tiles", "local_keep": 20, "summary": "both", "former_over": "retained", "last_local_ffn": False}
+    hd["model"]["reducer"] = tiles
+    heads = {"tiny": "# @package _global_", "tiny_hd": f"# @package _global_\n{yaml.safe_dump(HD_DEFAULTS)}"}
+    for name, values in (("tiny", stage), ("tiny_hd", hd)):
+        text = f"{heads[name]}\n{yaml.safe_dump(values, sort_keys=False)}"
+        (folder / "conf" / "experiment" / f"{name}.yaml").write_text(text)
     return folder
 
 
@@ -116,8 +129,9 @@ def workspace(tmp_path_factory):
 def make_cfg(workspace, tmp_path):
     """The stage's configuration with changes given as dotted overrides; each call gets ``tmp_path/run`` by default."""
 
-    def make(*overrides: str) -> TrainConfig:
-        stage = yaml.safe_load((workspace / "conf" / "experiment" / "tiny.yaml").read_text())
+    def make(*overrides: str, experiment: str = "tiny") -> TrainConfig:
+        stage = yaml.safe_load((workspace / "conf" / "experiment" / f"{experiment}.yaml").read_text())
+        stage.pop("defaults", None)
         stage["trainer"]["output_dir"] = str(tmp_path / "run")
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), stage, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_object(merged)

@@ -26,10 +26,13 @@ pytestmark = pytest.mark.distributed
 # An epoch has three steps. Micro batches of one sample: some hold no image while the other process's does.
 CHANGES = ("trainer.per_device_batch=1", "trainer.max_steps=4", "trainer.save_every=2")
 
+ZERO3 = ("deepspeed=zero3", "deepspeed.persistence_threshold=0")
+"""Every tensor is sharded, as those of large models are; by default tiny ones would stay whole."""
+
 SCRIPTS = Path(__file__).parents[2] / "launch"
 
 
-def launch(script, workspace, run, *overrides):
+def launch(script, workspace, run, *overrides, experiment="tiny"):
     """Start two processes with a script of ``launch/`` and wait; the output is shown if they fail."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +40,7 @@ def launch(script, workspace, run, *overrides):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2", "MASTER_PORT": str(port)}
     done = subprocess.run(
-        [str(SCRIPTS / script), "--config-dir", str(workspace / "conf"), "experiment=tiny",
+        [str(SCRIPTS / script), "--config-dir", str(workspace / "conf"), f"experiment={experiment}",
          f"trainer.output_dir={run}", *CHANGES, *overrides],
         cwd=run.parent, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
@@ -91,14 +94,22 @@ def test_zero2_by_torchrun(workspace, shared, reference):
 
 def test_zero3_by_the_deepspeed_launcher_and_resumed_by_torchrun(workspace, shared, reference):
     run = shared / "zero3"
-    launch("deepspeed.sh", workspace, run, "deepspeed=zero3")
+    launch("deepspeed.sh", workspace, run, *ZERO3)
     check_same(run, reference)
     first = losses(run)
 
     # As after a crash while the last checkpoint was written.
     shutil.rmtree(run / "model")
     (run / "checkpoint-4" / "COMPLETE.json").unlink()
-    output = launch("torchrun.sh", workspace, run, "deepspeed=zero3")
+    output = launch("torchrun.sh", workspace, run, *ZERO3)
     assert f"start from {run / 'checkpoint-2'}" in output
     assert losses(run) == first
     check_same(run, reference)
+
+
+def test_tiles_under_zero3(workspace, make_cfg, shared):
+    """Images of 2, 3 and 4 tiles and none: processes whose batches are cut differently run the same modules."""
+    cfg = make_cfg(*CHANGES, f"trainer.output_dir={shared / 'hd_one'}", experiment="tiny_hd")
+    run_stage(cfg)
+    launch("torchrun.sh", workspace, shared / "hd", *ZERO3, experiment="tiny_hd")
+    check_same(shared / "hd", shared / "hd_one")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from skipvision_train import cli
-from skipvision_train.config.resolve import resolve_plan
+from skipvision_train.config.resolve import stage_plan
 from skipvision_train.config.specs import DeepSpeedSpec
 from skipvision_train.errors import ConfigError
 from skipvision_train.plans import TokenKind, dense, fastv, skip_ffn, victor, vskip
@@ -67,29 +67,38 @@ def test_registers_have_a_place_of_their_own(make_cfg):
     assert "6 retained, 6 local (the last one runs the FFN), 2 summary, 4 registers" in describe_stage(
         make_cfg("model.reducer.registers=4")
     )
-    off = "{registers: 4, skip_finest: false, local_keep: null, summary: none, last_local_ffn: false}"
-    out = describe_stage(make_cfg("model.plan=dense", f"model.reducer={off}"))
+    off = "{registers: 4, split: none, local_keep: null, summary: none, last_local_ffn: false}"
+    out = describe_stage(make_cfg("plan.method=dense", f"model.reducer={off}"))
     assert "22 retained, 4 registers" in out
     assert "<26 visual tokens: 22 retained, 4 summary>" in out
     assert re.search(r"^  reducer +128 parameters, ", out, re.M)
 
 
-def test_a_plan_file_may_fit_several_depths(tmp_path):
+def test_a_plan_file_may_fit_several_depths(make_cfg, tmp_path):
+    def plan(*overrides):
+        return stage_plan(make_cfg(*overrides), 5)
+
+    def of_file(name):
+        return plan("plan.method=file", f"plan.path={tmp_path / name}")
+
     fastv(1).save(tmp_path / "fastv.json")
-    assert resolve_plan(str(tmp_path / "fastv.json"), 5) == fastv(1).bind(5)
-    assert resolve_plan("dense", 5) == dense().bind(5)
-    assert resolve_plan("skip_ffn", 5) == skip_ffn().bind(5)
+    assert of_file("fastv.json") == fastv(1).bind(5)
+    assert plan("plan.method=dense") == dense().bind(5)
+    assert plan("plan.method=skip_ffn") == skip_ffn().bind(5)
+    assert plan("plan.method=fastv", "plan.layer=2", "plan.keep=0.25") == fastv(2, 0.25).bind(5)
     vskip([5]).save(tmp_path / "deep.json")
-    with pytest.raises(ConfigError, match=r"^model\.plan: vskip: layers \[5\] do not exist; .*0 to 4"):
-        resolve_plan(str(tmp_path / "deep.json"), 5)
+    with pytest.raises(ConfigError, match=r"^plan: vskip: layers \[5\] do not exist; .*0 to 4"):
+        of_file("deep.json")
     skip_ffn().bind(4).save(tmp_path / "other.json")
-    with pytest.raises(ConfigError, match=r"^model\.plan: plan 'skip_ffn' has 4 layers, the model has 5"):
-        resolve_plan(str(tmp_path / "other.json"), 5)
+    with pytest.raises(ConfigError, match=r"^plan: plan 'skip_ffn' has 4 layers, the model has 5"):
+        of_file("other.json")
+    with pytest.raises(ConfigError, match=r"^plan\.method: 'own' is a checkpoint's plan, and here is none"):
+        plan("plan.method=own")
 
 
 def test_a_plan_that_needs_registers(make_cfg, tmp_path):
     victor(1, 8).bind(2).save(tmp_path / "victor.json")
-    cfg = make_cfg(f"model.plan={tmp_path / 'victor.json'}", "model.reducer.registers=4")
+    cfg = make_cfg("plan.method=file", f"plan.path={tmp_path / 'victor.json'}", "model.reducer.registers=4")
     with pytest.raises(ConfigError, match=r"^model\.reducer\.registers: 4, but plan 'victor' needs 8"):
         describe_stage(cfg)
 

@@ -138,7 +138,7 @@ def test_the_plans_skip_the_layers_in_their_order(make_cfg, part, attention, ffn
 
 
 def test_a_count_means_the_deepest_and_a_dense_base_has_no_name(make_cfg):
-    cfg = make_cfg(DEEP, "stage.skip.count=2", "model.plan=dense")
+    cfg = make_cfg(DEEP, "stage.skip.count=2", "plan.method=dense")
     plans = PlanSchedule.of(cfg, 4).plans
     assert [plan.layers_without_attention() for plan in plans] == [(), (3,), (2, 3)]
     assert [plan.name for plan in plans] == ["dense", "vskip", "vskip"]
@@ -179,7 +179,7 @@ def test_mistakes_that_show_with_the_checkpoint_at_hand(make_cfg, tmp_path):
     with pytest.raises(ConfigError, match=r"^stage\.skip\.count: 5; the model has 4 layers"):
         model_config(cfg, None)
     vskip([3]).bind(4).save(tmp_path / "plan.json")
-    cfg = make_cfg(start, "stage.skip.layers=[1]", f"model.plan={tmp_path / 'plan.json'}")
+    cfg = make_cfg(start, "stage.skip.layers=[1]", "plan.method=file", f"plan.path={tmp_path / 'plan.json'}")
     validate(cfg, 1)
     assert model_config(cfg, None).plan_or_dense().layers_without_attention() == (1, 3)
 
@@ -190,14 +190,14 @@ def test_mistakes_that_show_with_the_checkpoint_at_hand(make_cfg, tmp_path):
 )
 def test_a_base_plan_that_contradicts(make_cfg, tmp_path, base, reason):
     base.bind(4).save(tmp_path / "plan.json")
-    cfg = make_cfg(DEEP, "stage.skip.layers=[3]", f"model.plan={tmp_path / 'plan.json'}")
-    with pytest.raises(ConfigError, match=rf"^stage\.skip: beside model\.plan {base.name}: .*{reason}"):
+    cfg = make_cfg(DEEP, "stage.skip.layers=[3]", "plan.method=file", f"plan.path={tmp_path / 'plan.json'}")
+    with pytest.raises(ConfigError, match=rf"^stage\.skip: beside plan {base.name}: .*{reason}"):
         model_config(cfg, None)
 
 
 def test_a_base_plan_with_drops(make_cfg, tmp_path):
     fastv(1).save(tmp_path / "fastv.json")
-    cfg = make_cfg(DEEP, "stage.skip.layers=[3]", f"model.plan={tmp_path / 'fastv.json'}")
+    cfg = make_cfg(DEEP, "stage.skip.layers=[3]", "plan.method=file", f"plan.path={tmp_path / 'fastv.json'}")
     assert model_config(cfg, None).plan_or_dense() == compose([fastv(1), vskip([3])]).bind(4)
 
 
@@ -244,7 +244,7 @@ def test_a_fixed_plan_is_that_plan_stored(make_cfg, tmp_path, bypass):
     fixed = make_cfg(*short, "stage.skip.layers=[2,1]", f"stage.skip.bypass={bypass}")
     run_stage(fixed)
     compose([skip_ffn(), vskip([1, 2], bypass)]).save(tmp_path / "plan.json")
-    other = [f"model.plan={tmp_path / 'plan.json'}", f"trainer.output_dir={tmp_path / 'stored'}"]
+    other = ["plan.method=file", f"plan.path={tmp_path / 'plan.json'}", f"trainer.output_dir={tmp_path / 'stored'}"]
     stored, base = make_cfg(*short, *other), make_cfg(*short, f"trainer.output_dir={tmp_path / 'base'}")
     run_stage(stored)
     run_stage(base)
@@ -293,6 +293,9 @@ def test_dry_run_without_data(make_cfg, tmp_path):
     assert "mean of the stage" not in out
 
 
+ZERO3 = ("deepspeed=zero3", "deepspeed.persistence_threshold=0")
+
+
 def only_images(workspace, folder):
     """The override for a recipe of the fixture's records that have an image, two of them twice."""
     records = [r for r in json.loads((workspace / "data" / "data.json").read_text()) if "image" in r]
@@ -305,7 +308,7 @@ def only_images(workspace, folder):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("engine", "mixed"),
-    [((), True), (("deepspeed=zero3",), False), (("deepspeed=zero3",), True)],
+    [((), True), (ZERO3, False), (ZERO3, True)],
     ids=["plain", "zero3", "zero3-mixed"],
 )
 def test_two_processes_under_torchrun(workspace, make_cfg, tmp_path, engine, mixed):

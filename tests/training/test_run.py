@@ -184,8 +184,8 @@ def test_a_finished_stage_does_nothing(make_cfg, tmp_path, caplog):
 
 def test_the_finished_model_loads_and_starts_the_next_stage(make_cfg, tmp_path):
     dense = [
-        *("model.reducer.skip_finest=false", "model.reducer.local_keep=null", "model.reducer.summary=none"),
-        *("model.reducer.last_local_ffn=false", "model.plan=dense", "stage.template=plain", "stage.lr.reducer=null"),
+        *("model.reducer.split=none", "model.reducer.local_keep=null", "model.reducer.summary=none"),
+        *("model.reducer.last_local_ffn=false", "plan.method=dense", "stage.template=plain", "stage.lr.reducer=null"),
         *("model.connector.windows=[4,2]", "model.connector.queries=[2,4]", "model.vision.image_size=16"),
     ]
     short = ["trainer.max_steps=1", "trainer.save_every=1"]
@@ -316,7 +316,7 @@ def test_images_are_what_the_fixture_says(workspace):
     records = json.loads((workspace / "data" / "data.json").read_text())
     assert sum("image" in record for record in records) == 10
     with Image.open(workspace / "data" / "images" / "0.png") as image:
-        assert image.size == (40, 30)
+        assert image.size == (30, 70)
 
 
 def test_wandb_offline_keeps_the_run_on_disk(make_cfg, monkeypatch):

@@ -52,7 +52,7 @@ def test_unfreezing_is_explicit_too(model):
 
 
 def test_a_part_without_parameters_cannot_be_all_that_trains(config_factory):
-    from skipvision_train.models.configuration import ReducerConfig
+    from skipvision_train.models.settings import ReducerConfig
 
     model = meta_model(config_factory(reducer=ReducerConfig.off()))
     with pytest.raises(ConfigError, match=r"^stage\.lr: nothing trains; reducer has no parameters"):

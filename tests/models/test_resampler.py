@@ -12,14 +12,15 @@ import torch
 from torch.nn import functional as F
 
 from skipvision_train.errors import ConfigError
-from skipvision_train.models.configuration import ConnectorConfig
-from skipvision_train.models.connectors import MultiScaleResampler, split_windows
+from skipvision_train.models.connector_settings import ResamplerConfig
+from skipvision_train.models.features import VisionFeatures
+from skipvision_train.models.resampler import MultiScaleResampler, split_windows
 
 GRID, WIDTH, HEAD_DIM, OUT = 8, 12, 4, 10
-CONFIG = ConnectorConfig(windows=(8, 4, 2), queries=(3, 8, 32), head_dim=HEAD_DIM)
+CONFIG = ResamplerConfig(windows=(8, 4, 2), queries=(3, 8, 32), head_dim=HEAD_DIM)
 
 
-def resampler(depths: int = 2, config: ConnectorConfig = CONFIG, std: float = 0.3) -> MultiScaleResampler:
+def resampler(depths: int = 2, config: ResamplerConfig = CONFIG, std: float = 0.3) -> MultiScaleResampler:
     torch.manual_seed(0)
     model = MultiScaleResampler(config, GRID, WIDTH, depths, OUT)
     for parameter in model.parameters():  # biases and LayerNorms too, so that none of them can be forgotten
@@ -61,7 +62,7 @@ def slow_token(state: dict[str, torch.Tensor], prefix: str, query: torch.Tensor,
 def test_equals_the_slow_computation():
     model, inputs = resampler(), features()
     state = dict(model.state_dict())
-    found = model(inputs)
+    found = model(VisionFeatures(tuple(inputs)))
     assert [tuple(level.shape) for level in found] == [(2, 3, OUT), (2, 8, OUT), (2, 32, OUT)]
     for level, (window, count) in enumerate(zip(CONFIG.windows, CONFIG.queries, strict=True)):
         side = GRID // window
@@ -79,14 +80,14 @@ def test_equals_the_slow_computation():
 @pytest.mark.parametrize("patch", [0, 7, 27, 63])
 def test_a_patch_reaches_exactly_the_tokens_of_its_windows(patch):
     model, inputs = resampler(), features()
-    before = model(inputs)
+    before = model(VisionFeatures(tuple(inputs)))
     inputs[1][:, patch] += torch.randn(WIDTH)  # a constant would vanish in the LayerNorm
     row, column = divmod(patch, GRID)
     for level, (window, count) in enumerate(zip(CONFIG.windows, CONFIG.queries, strict=True)):
         side = GRID // window
         home = (row // window) * side + column // window
         per_window = count // side**2
-        changed = (model(inputs)[level] != before[level]).any(-1).any(0)
+        changed = (model(VisionFeatures(tuple(inputs)))[level] != before[level]).any(-1).any(0)
         expected = torch.zeros(count, dtype=torch.bool)
         expected[home * per_window : (home + 1) * per_window] = True
         assert changed.equal(expected)
@@ -101,7 +102,7 @@ def test_windows_are_cut_in_raster_order():
 @torch.no_grad()
 def test_depths_are_read_in_order():
     model, inputs = resampler(), features()
-    forwards, backwards = model(inputs), model(inputs[::-1])
+    forwards, backwards = model(VisionFeatures(tuple(inputs))), model(VisionFeatures(tuple(inputs[::-1])))
     assert (forwards[0] - backwards[0]).abs().max() > 1e-2
     # a block that adds nothing leaves the other depth's result
     for level in model.levels:
@@ -114,13 +115,13 @@ def test_depths_are_read_in_order():
         name.replace("blocks.1.", "blocks.0."): t for name, t in model.state_dict().items() if "blocks.0." not in name
     }
     alone.load_state_dict(state)
-    for two, one in zip(model(inputs), alone(inputs[1:]), strict=True):
+    for two, one in zip(model(VisionFeatures(tuple(inputs))), alone(VisionFeatures(tuple(inputs[1:]))), strict=True):
         torch.testing.assert_close(two, one)
 
 
 def test_initial_values_and_biases():
     torch.manual_seed(0)
-    model = MultiScaleResampler(ConnectorConfig(windows=(8, 2), queries=(64, 64), head_dim=16), GRID, 64, 1, 96)
+    model = MultiScaleResampler(ResamplerConfig(windows=(8, 2), queries=(64, 64), head_dim=16), GRID, 64, 1, 96)
     parameters = dict(model.named_parameters())
     norms = [name for name in parameters if "norm" in name or ".mlp.0." in name]
     assert len(norms) == 2 * (3 * 2) + 2
@@ -138,7 +139,7 @@ def test_initial_values_and_biases():
 
 def test_every_parameter_and_every_feature_gets_a_gradient():
     model, inputs = resampler(), [depth.requires_grad_() for depth in features()]
-    torch.cat(model(inputs), dim=1).square().mean().backward()
+    torch.cat(model(VisionFeatures(tuple(inputs))), dim=1).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 0, name
     assert all((depth.grad.abs().amax(-1) > 0).all() for depth in inputs)
@@ -146,19 +147,19 @@ def test_every_parameter_and_every_feature_gets_a_gradient():
 
 def test_shapes_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match=r"connector.windows\[1\]: 3 does not divide the 8 x 8"):
-        MultiScaleResampler(ConnectorConfig(windows=(8, 3), queries=(1, 4)), GRID, WIDTH, 2, OUT)
+        MultiScaleResampler(ResamplerConfig(windows=(8, 3), queries=(1, 4)), GRID, WIDTH, 2, OUT)
     with pytest.raises(ValueError, match="5 does not divide the vision width 12"):
-        MultiScaleResampler(ConnectorConfig(windows=(8,), queries=(1,), head_dim=5), GRID, WIDTH, 2, OUT)
+        MultiScaleResampler(ResamplerConfig(windows=(8,), queries=(1,), head_dim=5), GRID, WIDTH, 2, OUT)
     with pytest.raises(ValueError, match="49 patches, expected 8 x 8"):
-        resampler()([torch.randn(1, 49, WIDTH)] * 2)
+        resampler()(VisionFeatures((torch.randn(1, 49, WIDTH),) * 2))
     with pytest.raises(ValueError, match="zip"):
-        resampler()(features(depths=1))
+        resampler()(VisionFeatures(tuple(features(depths=1))))
 
 
 def test_the_papers_token_counts():
     with torch.device("meta"):
-        model = MultiScaleResampler(ConnectorConfig(), 32, 64, 2, 8)
-        levels = model([torch.empty(1, 1024, 64)] * 2)
+        model = MultiScaleResampler(ResamplerConfig(), 32, 64, 2, 8)
+        levels = model(VisionFeatures((torch.empty(1, 1024, 64),) * 2))
     assert [level.shape[1] for level in levels] == [16, 256, 1024]
 
 
