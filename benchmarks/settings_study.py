@@ -1,11 +1,11 @@
-"""Dense against Skip-Vision in the paper's three settings at the sketches' size: accuracy per task, FLOPs, training time.
+"""Dense against Skip-Vision in the paper's three settings at the sketches' size: accuracy, FLOPs, training speed.
 
 cos       49 tokens of the resampler; 36 of them skip and are merged to 18
 llava     36 patches; 6 are retained by the class token's attention, 30 skip and are merged to 10
 llava_hd  a global view and four tiles of 16 tokens; the tiles' 64 skip and are merged to 16
 
-Per setting one pretraining (captions, dense), from which every seed's dense and Skip-Vision fine-tuning start. Seeds change
-the order of the data and the weights that start random.
+Per setting one pretraining (captions, dense), from which every seed's dense and Skip-Vision fine-tuning start. Seeds
+change the order of the data and the weights that start random.
 
 python benchmarks/settings_study.py --data outputs/demo/data
 python benchmarks/settings_study.py --data ... --settings cos --seeds 0 --pretrain-steps 200 --steps 100   # shorter

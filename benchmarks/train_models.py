@@ -250,6 +250,23 @@ class Trainer:
             optimizer_seconds=optimizer.seconds,
         )
 
+    def saved_bytes(self, arrangement: Arrangement) -> int:
+        """What autograd keeps of a forward pass for the backward pass, in bytes; weights left out."""
+        weights = {weight.untyped_storage().data_ptr() for weight in arrangement.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with running(arrangement) as model, self.autocast(), hooks:
+            loss = model(**arrangement.batch, use_cache=False).loss
+        del loss  # only now: it keeps the graph, and the graph what was noted
+        return sum(kept.values())
+
     def decoder(self, arrangement: Arrangement) -> Sample:
         """Forward and backward pass of the decoder's layers over random embeddings."""
         layout = TokenLayout.from_kinds(arrangement.batch["token_kinds"].cpu())

@@ -43,6 +43,7 @@ COLUMNS = {
     "compute_time_ratio": "time without it",
     "compute_realised": "realised",
     "mfu": "MFU",
+    "saved_bytes": "saved MiB",
     "peak_bytes": "peak MiB",
 }
 DECODER_COLUMNS = {key: COLUMNS[key] for key in ("ms", "time_ratio", "spread", "flops_ratio", "realised", "mfu")} | {
@@ -142,6 +143,7 @@ def describe_part(
         "flops_per_row": flops(arrangement, args.checkpointing),
         "flops_per_second": per_second,
         "mfu": None if peak is None else per_second / peak,
+        "saved_bytes": None,
     }
     if part == "decoder":
         return row | {"paper_ratio": arrangement.paper_flops() / whole.paper_flops()}
@@ -164,7 +166,11 @@ def measure_setting(args: argparse.Namespace, pair: Sequence[Arrangement]) -> li
     timed: dict[str, Callable[[Arrangement], Sample]] = {"step": trainer.step, "decoder": trainer.decoder}
     runs = {f"{part} {of.name}": partial(timed[part], of) for part in args.part for of in pair}
     samples, _ = interleave(runs, args.repeats, args.warmup)
-    return [describe_part(args, part, of, pair[0], samples) for part in args.part for of in pair]
+    rows = [describe_part(args, part, of, pair[0], samples) for part in args.part for of in pair]
+    if not args.checkpointing:  # what it keeps is hidden from the hooks that count
+        saved = {of.name: trainer.saved_bytes(of) for of in pair}
+        rows = [row | {"saved_bytes": saved[row["case"]] if row["part"] == "step" else None} for row in rows]
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -296,6 +296,19 @@ def test_both_arrangements_train_the_same_weights(scripts, precision):
         assert all(weight.grad is None for weight in own.values())
 
 
+def test_saved_bytes_are_what_the_backward_pass_reads(scripts):
+    whole, skip, trainer = make_pair(scripts)
+    one, two = (
+        trainer.saved_bytes(skip),
+        trainer.saved_bytes(replace(skip, batch=scripts.train_models.make_batch(skip.config, skip.row, 2, "cpu"))),
+    )
+    # Weights are left out, so that twice the rows are twice the bytes but for a few index tensors and rotary angles.
+    assert two == pytest.approx(2 * one, rel=0.02)
+    # The FFN keeps its input's norm, gate, up, silu(gate) and their product for every one of its tokens at least.
+    assert one > 4 * (128 + 102) * (2 * 256 + 4 * 896)
+    assert trainer.saved_bytes(whole) > 1.5 * one
+
+
 def test_master_weights_are_those_of_adamw_in_fp32(scripts, monkeypatch):
     monkeypatch.setattr(scripts.train_models, "BUCKET", 12)
     torch.manual_seed(0)

@@ -224,13 +224,13 @@ def _heat(axes: Axes, rows: Sequence[Sequence[float]], span: ImageSpan, theme: T
 
 
 def _position_ticks(axes: Axes, span: ImageSpan, panels: int) -> None:
-    """The position at which every kind begins, where there is room for the number."""
+    """The position at which every kind begins, and the end, where there is room for the number."""
     whole, free, ticks = span.edges()[-1], -math.inf, []
-    for run in span.runs():
-        if run.left >= free:
-            ticks.append(run)
-            free = run.left + whole * TICK * panels
-    axes.set_xticks([run.left for run in ticks], [str(span.first + run.start) for run in ticks])
+    for left, position in (*((run.left, run.start) for run in span.runs()), (whole, len(span.kinds))):
+        if left >= free:
+            ticks.append((left, str(span.first + position)))
+            free = left + whole * TICK * panels
+    axes.set_xticks([left for left, _ in ticks], [label for _, label in ticks])
 
 
 def _colour_bar(figure: Figure, image: Any, axes: Sequence[Axes], theme: Theme) -> None:

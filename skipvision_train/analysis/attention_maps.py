@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from skipvision_train.adapters import apply
 from skipvision_train.analysis.probe import KINDS, Estimate, over_samples, plain, sample_kinds
 from skipvision_train.calibration.samples import Sample
-from skipvision_train.data.templates import EOT, control_id
 from skipvision_train.errors import ConfigError
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.attention import normed_heads, rotate_rows
@@ -221,7 +220,7 @@ def trace_attention(
     recorder = _Recorder(heads, length)
     ends = {}
     if isinstance(model, SkipVisionForConditionalGeneration):  # its configuration does not say how answers end
-        ends = {"eos_token_id": control_id(processor.tokenizer, EOT), "pad_token_id": processor.pad_id}
+        ends = {"eos_token_id": processor.end_id, "pad_token_id": processor.pad_id}
     generator: Any = model  # transformers annotates generate() for a protocol that no model of its own satisfies
     with apply(model, plan, image_token_id=image_token_id), recorder.watching(model):
         sequence = generator.generate(

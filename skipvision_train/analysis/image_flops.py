@@ -1,6 +1,7 @@
 """FLOPs of what stands before the language model: vision tower, connector, merging. Arithmetic as in ``flops.py``.
 
-Only matrix products count, 2 FLOPs per multiply-add; a tower's readout of one attention row is counted, sorting is not.
+Only matrix products count, 2 FLOPs per multiply-add. The one attention row that a tower reads off its class token, and
+the product that averages merged tokens, are left out: 0.3 and 0.2 % of all of this for SV-LLaVA.
 """
 
 from __future__ import annotations

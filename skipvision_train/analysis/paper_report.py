@@ -86,8 +86,8 @@ class Analysis:
             found["ffn_impact"] = paper_figures.ffn_impact(means, bounds, self.names, title=title)
         if levels := [level for level in self.similarity or [] if len(level.values)]:
             found["similarity"] = paper_figures.similarity_density(
-                {f"{level.name} ({level.tokens:g} tokens)": level.values.tolist() for level in levels},
-                {f"{level.name} ({level.tokens:g} tokens)": float(level.estimate().mean) for level in levels},
+                {f"{level.name} ({level.tokens:.4g} tokens)": level.values.tolist() for level in levels},
+                {f"{level.name} ({level.tokens:.4g} tokens)": float(level.estimate().mean) for level in levels},
             )
         if self.attention is not None:
             found |= _attention_figures(self.attention, self.names)
@@ -185,7 +185,7 @@ def _similarity_table(levels: Sequence[LevelSimilarity]) -> str:
         found = level.estimate()
         interval = f"{float(found.low):.3f} to {float(found.high):.3f}" if len(level.values) else "n/a"
         mean = f"{float(found.mean):.3f}" if len(level.values) else "n/a"
-        rows.append((level.name, f"{level.tokens:g}", mean, interval))
+        rows.append((level.name, f"{level.tokens:.4g}", mean, interval))
     lines = _table(("level", "tokens", "mean similarity", "95 % interval"), rows)
     return "\n".join(["similarity of visual tokens (Figure 5)", *lines])
 

@@ -34,7 +34,7 @@ class ReportInputs:
     Attributes:
         title: heading of the page.
         losses: per stage name, the rows of its ``metrics.jsonl``.
-        evaluation: the model under its own plan.
+        evaluation: the model under its own plan; None leaves accuracy, cost and examples out.
         others: name in the tables, and the same model under another plan (V-Skip, say).
         calibrations: per name.
         examples: how many held-out questions are shown.
@@ -42,7 +42,7 @@ class ReportInputs:
 
     title: str
     losses: Mapping[str, Sequence[Mapping[str, Any]]]
-    evaluation: EvaluationResult
+    evaluation: EvaluationResult | None = None
     others: Mapping[str, EvaluationResult] = field(default_factory=dict)
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     examples: int = 12
@@ -111,34 +111,39 @@ def render_report(inputs: ReportInputs, load_picture: Callable[[str], Image.Imag
         load_picture: opens an image by the path that the predictions hold.
     """
     evaluation = inputs.evaluation
-    columns = _columns(inputs)
+    predictions = evaluation.predictions if evaluation else ()
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=inputs.title,
-        checkpoint=evaluation.checkpoint,
-        recipe=evaluation.recipe,
-        total=evaluation.scores.mean.total,
-        task_count=len(evaluation.scores.tasks),
-        tiles=_tiles(inputs),
+        measured=_measured(inputs, evaluation) if evaluation else None,
         losses=[embed(f"Training loss of {n}", loss_curves, {n: rows}, title=n) for n, rows in inputs.losses.items()],
-        bars=embed(
-            "Accuracy per task", task_bars, {name: dict(tasks) for name, (_, tasks) in columns.items()}, title=""
-        ),
-        blind_variant=evaluation.blind.variant if evaluation.blind else None,
-        columns=list(columns),
-        rows=_accuracy_rows(columns, evaluation),
-        vision=_flops(evaluation.cost.vision),
-        connector=_flops(evaluation.cost.connector),
-        costs=_cost_rows(inputs),
         calibrations=[section(name, calibration) for name, calibration in inputs.calibrations.items()],
-        examples=[_example(p, load_picture) for p in choose_examples(evaluation.predictions, inputs.examples)],
+        examples=[_example(p, load_picture) for p in choose_examples(predictions, inputs.examples)],
         provenance=_provenance(inputs),
     )
 
 
-def _columns(inputs: ReportInputs) -> dict[str, tuple[Accuracy, Mapping[str, Accuracy]]]:
+def _measured(inputs: ReportInputs, evaluation: EvaluationResult) -> dict[str, Any]:
+    """What the page says of accuracy and cost."""
+    columns = _columns(inputs, evaluation)
+    return {
+        "checkpoint": evaluation.checkpoint,
+        "recipe": evaluation.recipe,
+        "total": evaluation.scores.mean.total,
+        "task_count": len(evaluation.scores.tasks),
+        "tiles": _tiles(inputs, evaluation),
+        "bars": embed("Accuracy per task", task_bars, {n: dict(tasks) for n, (_, tasks) in columns.items()}, title=""),
+        "blind_variant": evaluation.blind.variant if evaluation.blind else None,
+        "columns": list(columns),
+        "rows": _accuracy_rows(columns, evaluation),
+        "vision": _flops(evaluation.cost.vision),
+        "connector": _flops(evaluation.cost.connector),
+        "costs": _cost_rows(inputs, evaluation),
+    }
+
+
+def _columns(inputs: ReportInputs, evaluation: EvaluationResult) -> dict[str, tuple[Accuracy, Mapping[str, Accuracy]]]:
     """Per column of the accuracy table: the mean and the tasks. The model first, blind last."""
-    evaluation = inputs.evaluation
     columns = {"model": evaluation.scores} | {name: other.scores for name, other in inputs.others.items()}
     if evaluation.blind:
         columns["blind"] = evaluation.blind.scores
@@ -168,8 +173,7 @@ def _cell(value: Accuracy | None) -> dict[str, str] | None:
     return {name: f"{100 * getattr(value, name):.1f}" for name in ("value", "low", "high")}
 
 
-def _tiles(inputs: ReportInputs) -> list[dict[str, str]]:
-    evaluation = inputs.evaluation
+def _tiles(inputs: ReportInputs, evaluation: EvaluationResult) -> list[dict[str, str]]:
     tiles = [("mean accuracy", evaluation.scores.mean.value)]
     tiles += [(f"with {name}", other.scores.mean.value) for name, other in inputs.others.items()]
     if evaluation.blind:
@@ -181,14 +185,14 @@ def _tiles(inputs: ReportInputs) -> list[dict[str, str]]:
     return shown
 
 
-def _cost_rows(inputs: ReportInputs) -> list[dict[str, Any]]:
+def _cost_rows(inputs: ReportInputs, evaluation: EvaluationResult) -> list[dict[str, Any]]:
     """Per plan: decoder FLOPs, cache, prefill and decode time, each with a note that compares it with dense."""
-    own, untimed = inputs.evaluation.cost, ("not timed", "")
+    own, untimed = evaluation.cost, ("not timed", "")
     rows: list[dict[str, Any]] = []
-    if not inputs.evaluation.plan.is_dense:
+    if not evaluation.plan.is_dense:
         dense = [(_flops(own.decoder_dense), ""), (_bytes(own.kv_bytes_dense), ""), ("", ""), ("", "")]
         rows.append({"plan": "dense", "cells": dense})
-    for name, result in [(inputs.evaluation.plan.name, inputs.evaluation), *inputs.others.items()]:
+    for name, result in [(evaluation.plan.name, evaluation), *inputs.others.items()]:
         cost, times = result.cost, [untimed, untimed]
         if result.timing:
             plan, full = result.timing["plan"], result.timing["dense"]
@@ -224,15 +228,18 @@ def _example(prediction: Prediction, load_picture: Callable[[str], Image.Image])
 
 def _provenance(inputs: ReportInputs) -> list[tuple[str, str]]:
     evaluation = inputs.evaluation
-    facts = [
-        ("model", evaluation.checkpoint),
-        ("data", evaluation.recipe),
-        ("plan", evaluation.plan.name),
-        ("tokens per prompt", ", ".join(f"{n:.1f} {kind}" for kind, n in evaluation.cost.tokens.items() if n)),
-        ("seed", str(evaluation.seed)),
-    ]
-    if evaluation.blind:
+    facts: list[tuple[str, str]] = []
+    if evaluation:
+        facts += [
+            ("model", evaluation.checkpoint),
+            ("data", evaluation.recipe),
+            ("plan", evaluation.plan.name),
+            ("tokens per prompt", ", ".join(f"{n:.1f} {kind}" for kind, n in evaluation.cost.tokens.items() if n)),
+            ("seed", str(evaluation.seed)),
+        ]
+    if evaluation and evaluation.blind:
         facts.append(("blind", ", ".join(f"{name} {100 * v:.1f} %" for name, v in evaluation.blind.means.items())))
     facts += [(f"layers of {name}", ", ".join(map(str, c.layers))) for name, c in inputs.calibrations.items()]
-    facts.append(("versions", ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())))
+    if evaluation:
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())))
     return facts

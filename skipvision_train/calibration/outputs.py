@@ -5,28 +5,28 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from skipvision_train.analysis.calibration_figures import seed_bands, skip_map, vig_by_task
-from skipvision_train.analysis.calibration_report import budgets_for
-from skipvision_train.analysis.figures import log_figures, to_png, vig_profile
+from skipvision_train.analysis.calibration_figures import seed_bands, skip_map, transfer_matrix, vig_by_task
+from skipvision_train.analysis.calibration_report import budgets_for, skipped_by_budget
+from skipvision_train.analysis.figures import log_figures, to_png
 from skipvision_train.calibration import search
 from skipvision_train.calibration.bank import BankFacts, PlanBank
 from skipvision_train.calibration.scores import STRATEGIES, ScoreTable
-from skipvision_train.calibration.session import UNIVERSAL, Session
+from skipvision_train.calibration.session import UNIVERSAL, Found, Session
 from skipvision_train.evaluation.loading import package_versions
 from skipvision_train.evaluation.results import write_json
 from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
 
-if TYPE_CHECKING:
-    from skipvision_train.commands.calibrate import Config
-
 log = logging.getLogger(__name__)
+
+PICTURES = ("vig", "vig_by_task", "skip_map", "seeds", "transfer")
+"""What may be drawn: files of these names belong to a calibration's folder."""
 
 
 def chosen_layers(session: Session, plan: SkipPlan) -> list[int]:
@@ -34,9 +34,9 @@ def chosen_layers(session: Session, plan: SkipPlan) -> list[int]:
     return [i for i, (rule, base) in enumerate(zip(plan.rules, session.base.rules, strict=True)) if rule != base]
 
 
-def provenance(session: Session, table: ScoreTable, task: str) -> dict[str, Any]:
+def provenance(session: Session, found: Found, task: str) -> dict[str, Any]:
     """How a plan was found: enough to find it again."""
-    cfg = session.cfg
+    cfg, table = session.cfg, found.table
     named = [i for i, own in enumerate(table.tasks) if task in (UNIVERSAL, own)]
     return {
         "method": STRATEGIES[table.strategy].describe(),
@@ -57,25 +57,34 @@ def provenance(session: Session, table: ScoreTable, task: str) -> dict[str, Any]
     }
 
 
-def write(cfg: Config, session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> None:
-    """Write everything below ``cfg.output``."""
-    output = Path(cfg.output)
-    plans = {task: replace(plan, provenance=provenance(session, table, task)) for task, plan in plans.items()}
+def write(session: Session, found: Found) -> None:
+    """Write everything below ``output``."""
+    cfg, output = session.cfg, Path(session.cfg.output)
+    plans = {task: replace(plan, provenance=provenance(session, found, task)) for task, plan in found.plans.items()}
     universal = plans[UNIVERSAL]
     universal.save(output / "plan.json")
-    layers, scores = chosen_layers(session, universal), table.mean().tolist()
-    facts = {**universal.provenance, "threshold": cfg.budget.threshold}
+    layers, scores = chosen_layers(session, universal), found.table.mean().tolist()
+    facts = {**universal.provenance, "threshold": cfg.budget.threshold, "kl": asdict(found.cost)}
     write_json(output / "vig.json", {**facts, "scores": scores, "layers": layers, "plan": universal.name})
-    write_json(output / "scores.json", table.to_dict())
-    if cfg.draws > 1:
-        write_json(output / "seeds.json", seeds(session, table))
+    write_json(output / "scores.json", found.table.to_dict())
+    # The report shows what stands in the folder: what this run did not make must not stay from an earlier one.
+    for name, data in (
+        ("seeds", seeds(session, found.table) if cfg.draws > 1 else None),
+        ("transfer", found.transfer() if cfg.transfer else None),
+    ):
+        if data is None:
+            (output / f"{name}.json").unlink(missing_ok=True)
+        else:
+            write_json(output / f"{name}.json", data)
     if cfg.bank:
-        write_bank(cfg, session, table, plans)
-    pictures = figures(session, table, plans)
+        write_bank(session, found.table, plans)
+    pictures = figures(session, found)
+    for name in PICTURES:
+        (output / f"{name}.png").unlink(missing_ok=True)
     for name, figure in pictures.items():
         (output / f"{name}.png").write_bytes(to_png(figure))
     if cfg.wandb_project is not None:
-        log_to_wandb(cfg.wandb_project, table, pictures)
+        log_to_wandb(cfg.wandb_project, found, pictures)
 
 
 def seeds(session: Session, table: ScoreTable) -> dict[str, Any]:
@@ -89,8 +98,9 @@ def seeds(session: Session, table: ScoreTable) -> dict[str, Any]:
     return {"scores": [scores.tolist() for scores in tables], "layers": [list(own) for own in layers]}
 
 
-def write_bank(cfg: Config, session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> None:
-    """One plan per task, and the universal one."""
+def write_bank(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> None:
+    """One plan per task, and the universal one; ``plans`` know where they come from."""
+    cfg = session.cfg
     tasks = {task: plan for task, plan in plans.items() if task != UNIVERSAL}
     facts = BankFacts(
         model_hash=session.model_hash,
@@ -105,47 +115,51 @@ def write_bank(cfg: Config, session: Session, table: ScoreTable, plans: Mapping[
     PlanBank.create(Path(cfg.output) / "bank", tasks, plans[UNIVERSAL], facts)
 
 
-def figures(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> dict[str, Figure]:
-    """The pictures by file name."""
-    layers = chosen_layers(session, plans[UNIVERSAL])
-    title = f"{table.strategy}, {session.cfg.task or 'all tasks'}"
-    found = {"vig": vig_profile(table.mean().tolist(), layers, title=title)}
-    if len(set(table.tasks)) > 1:
-        tasks = {task: table.mean(task).tolist() for task in sorted(set(table.tasks))}
-        found["vig_by_task"] = vig_by_task(
-            tasks,
-            table.mean().tolist(),
-            interval=table.interval().tolist(),
-            chosen=layers,
-            threshold=session.cfg.budget.threshold,
-            unit=STRATEGIES[table.strategy].unit,
-        )
-        depth = session.base.num_layers
-        budgets = budgets_for(depth)
-        orders = {task: search.rank_layers(table.mean(task)) for task in sorted(set(table.tasks))}
-        found["skip_map"] = skip_map(
-            {n: {task: sorted(order[:n]) for task, order in orders.items()} for n in budgets}, depth
-        )
+def figures(session: Session, found: Found) -> dict[str, Figure]:
+    """The pictures by file name, of :data:`PICTURES`."""
+    table, layers = found.table, chosen_layers(session, found.plans[UNIVERSAL])
+    tasks = {task or "(no task)": table.mean(task).tolist() for task in sorted(set(table.tasks))}
+    mean, unit = table.mean().tolist(), STRATEGIES[table.strategy].unit
+
+    def profile(lines: Mapping[str, list[float]]) -> Figure:
+        interval, threshold = table.interval().tolist(), session.cfg.budget.threshold
+        title = f"{table.strategy}, {session.cfg.task or 'all tasks'}"
+        return vig_by_task(lines, mean, interval, layers, threshold, title=title, unit=unit)
+
+    pictures = {"vig": profile({})}
+    if len(tasks) > 1:
+        pictures["vig_by_task"] = profile(tasks)
+    rows = {**tasks, "all": mean} if len(tasks) > 1 else {"all": mean}
+    pictures["skip_map"] = skip_map(
+        skipped_by_budget(rows, budgets_for(len(mean))), len(mean), title=f"Layers that skip, by {table.strategy}"
+    )
     if session.cfg.draws > 1:
         drawn = seeds(session, table)
-        found["seeds"] = seed_bands(drawn["scores"], drawn["layers"], unit=STRATEGIES[table.strategy].unit)
-    return found
+        pictures["seeds"] = seed_bands(drawn["scores"], drawn["layers"], unit=unit)
+    if session.cfg.transfer:
+        matrix = found.transfer()
+        title = "KL (nats) of tasks' plans, on the samples that chose them"
+        pictures["transfer"] = transfer_matrix(
+            matrix["kl"], matrix["calibrated_on"], matrix["evaluated_on"], title=title
+        )
+    return pictures
 
 
-def log_to_wandb(project: str, table: ScoreTable, pictures: Mapping[str, Figure]) -> None:
-    """Scores as a summary and the pictures; ``WANDB_MODE=offline`` works."""
+def log_to_wandb(project: str, found: Found, pictures: Mapping[str, Figure]) -> None:
+    """Scores and the plan's cost as a summary, and the pictures; ``WANDB_MODE=offline`` works."""
     import wandb
 
     run = wandb.init(project=project, job_type="calibrate")
-    for layer, score in enumerate(table.mean().tolist()):
+    for layer, score in enumerate(found.table.mean().tolist()):
         run.summary[f"score/layer_{layer}"] = score
+    run.summary["kl"] = found.cost.value
     log_figures(run, pictures)
     run.finish()
 
 
-def report(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> str:
-    """The table for the terminal: score per layer and task, what skips, what that saves."""
-    universal = plans[UNIVERSAL]
+def report(session: Session, found: Found) -> str:
+    """The table for the terminal: score per layer and task, what skips, what that costs and saves."""
+    table, universal = found.table, found.plans[UNIVERSAL]
     layers, mean, interval = chosen_layers(session, universal), table.mean(), table.interval()
     unit = STRATEGIES[table.strategy].unit
     lines = [f"{'layer':>5}  {f'{table.strategy} ({unit})':>18}  {'95 % interval':>22}"]
@@ -153,8 +167,13 @@ def report(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -
         skipped = "  skipped" if i in layers else ""
         lines.append(f"{i:>5}  {score:>18.4e}  {f'{low:.2e} to {high:.2e}':>22}{skipped}")
     lines += [universal.table(), saving(session, universal)]
-    for task in sorted(set(plans) - {UNIVERSAL}):
-        lines.append(f"{task}: layers {', '.join(map(str, chosen_layers(session, plans[task])))}")
+    cost, samples = found.cost, len(table.samples)
+    lines.append(
+        f"the whole plan moves the output by {cost.value:.3e} nats ({cost.low:.2e} to {cost.high:.2e}), on the "
+        f"{samples} samples that chose it"
+    )
+    for task in sorted(set(found.plans) - {UNIVERSAL}):
+        lines.append(f"{task}: layers {', '.join(map(str, chosen_layers(session, found.plans[task])))}")
     return "\n".join(lines)
 
 

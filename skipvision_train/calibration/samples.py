@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from skipvision_train.data.collate import collate
 from skipvision_train.data.processor import Example, SkipVisionProcessor
-from skipvision_train.data.records import IMAGE_MARKER, Record, Turn
+from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record, Turn
 from skipvision_train.data.templates import IGNORED
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.evaluation.evaluate import file_images, on_device
@@ -133,13 +133,12 @@ def _known(strata: Mapping[str, Sequence[Any]]) -> str:
     return f"are {', '.join(names[:LISTED])}{more}" if names else "are no tasks in the data"
 
 
-def refuse_single_samples(samples: Sequence[Sample]) -> None:
-    """For whoever reports a variance or an interval per task: one sample has none.
+def refuse_single_samples(tasks: Sequence[str]) -> None:
+    """For whoever makes or compares a plan per task: one sample of ``tasks`` has no variance.
 
     Raises:
         ConfigError: naming the tasks.
     """
-    tasks = [sample.task for sample in samples]
     if single := sorted({task for task in tasks if tasks.count(task) == 1}):
         raise ConfigError(
             f"samples: one of {', '.join(map(repr, single[:LISTED]))}, and one has no variance; draw 2 of every task"
@@ -336,8 +335,10 @@ def read_jsonl(path: str | Path) -> list[Record]:
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"prompts: {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompts: {path}: no UTF-8 text: {error}") from error
     records: dict[str, Record] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -372,7 +373,7 @@ def _parsed(line: str, number: int, path: Path) -> Record:
     answer = _text(entry, "answer") if entry.get("answer") is not None else ""
     task = _text(entry, "task") if entry.get("task") is not None else None
     turns = (Turn("user", prompt), Turn("assistant", answer))
-    return Record(str(identity), path.stem, tuple(path.parent / name for name in images), turns, task)
+    return Record(str(identity), path.stem, tuple(ImageRef(path.parent / name) for name in images), turns, task)
 
 
 def _image_names(entry: Mapping[str, Any]) -> list[str]:

@@ -206,7 +206,6 @@ def random_ranks(depth: int, seed: int) -> Tensor:
     return ranks
 
 
-@torch.no_grad()
 def plan_divergence(
     model: nn.Module,
     samples: Sequence[Sample],
@@ -215,8 +214,25 @@ def plan_divergence(
     image_token_id: int | None = None,
 ) -> Tensor:
     """(samples,) float64: KL(P under ``base`` || P under ``plan``), of a whole plan; mean over a sample's positions."""
-    pairs = ((read_logits(model, s, p, image_token_id) for p in (base or dense(), plan)) for s in samples)
-    return torch.stack([kl_divergence(*pair).mean().cpu() for pair in pairs])
+    return plan_divergences(model, samples, [plan], base, image_token_id)[0]
+
+
+@torch.no_grad()
+def plan_divergences(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    plans: Sequence[SkipPlan],
+    base: SkipPlan | None = None,
+    image_token_id: int | None = None,
+) -> Tensor:
+    """(plans, samples) float64: :func:`plan_divergence` of several plans; ``base`` runs once per sample."""
+    values = torch.zeros(len(plans), len(samples), dtype=torch.float64)
+    for column, sample in enumerate(samples):
+        reference = read_logits(model, sample, base or dense(), image_token_id)
+        for row, plan in enumerate(plans):
+            moved = read_logits(model, sample, plan, image_token_id)
+            values[row, column] = kl_divergence(reference, moved).mean().cpu()
+    return values
 
 
 def check_finite(values: Tensor, ids: Sequence[str]) -> None:

@@ -193,7 +193,7 @@ def _check_alike(tables: Sequence[ScoreTable]) -> None:
 
 @dataclass(frozen=True)
 class GreedySearch:
-    """The base plan with the rule in the chosen layers, these as they were chosen, and the score each had then."""
+    """The base plan with the rule in the chosen layers, these as they were chosen, and what each cost at its turn."""
 
     plan: SkipPlan
     order: tuple[int, ...]
@@ -206,7 +206,7 @@ def greedy(score: Callable[[SkipPlan], Tensor], base: SkipPlan, rule: LayerRule,
     Layers in which ``base`` leaves out what ``rule`` does are not candidates: choosing them would change nothing.
 
     Args:
-        score: of a plan: (layers,), what adding ``rule`` to one further layer on top of that plan costs.
+        score: of a plan: (layers,), what ``rule`` in one further layer costs on top of it. The whole is not their sum.
         base: bound to the model's depth.
         rule: what a chosen layer leaves out besides.
         n: how many layers to choose; each costs one call of ``score``.

@@ -18,8 +18,22 @@ from skipvision_train.adapters.apply import visual_token_ids
 from skipvision_train.adapters.prompts import PromptReader
 from skipvision_train.calibration import search
 from skipvision_train.calibration.ranks import Ranks
-from skipvision_train.calibration.samples import Sample, draw, prompt_samples, record_samples, subtask
-from skipvision_train.calibration.scores import STRATEGIES, ScoreTable, check_finite, layer_values, random_ranks
+from skipvision_train.calibration.samples import (
+    Sample,
+    draw,
+    prompt_samples,
+    record_samples,
+    refuse_single_samples,
+    subtask,
+)
+from skipvision_train.calibration.scores import (
+    STRATEGIES,
+    ScoreTable,
+    check_finite,
+    layer_values,
+    plan_divergences,
+    random_ranks,
+)
 from skipvision_train.calibration.subject import load_subject, model_hash
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.data.records import Record
@@ -38,6 +52,34 @@ log = logging.getLogger(__name__)
 
 UNIVERSAL = ""
 """The key of the plan for every task."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a calibration found.
+
+    Attributes:
+        table: every layer's score on every sample.
+        plans: the universal one under ``""``; one per task besides for a bank or a transfer matrix.
+        kl: per measured plan (samples,) float64, nats: the divergence of the base model from it as a whole. The samples
+            are those that chose it.
+    """
+
+    table: ScoreTable
+    plans: Mapping[str, SkipPlan]
+    kl: Mapping[str, Tensor]
+
+    @property
+    def cost(self) -> search.Estimate:
+        """The divergence that the universal plan costs, which the scores of its layers do not add up to."""
+        return search.Estimate.of(self.kl[UNIVERSAL])
+
+    def transfer(self) -> dict[str, Any]:
+        """Mean divergence of every task's plan on every task's samples, as the report reads it."""
+        tasks = sorted(set(self.plans) - {UNIVERSAL})
+        columns = [[i for i, own in enumerate(self.table.tasks) if own == task] for task in tasks]
+        rows = [[float(self.kl[task][own].mean()) for own in columns] for task in tasks]
+        return {"calibrated_on": tasks, "evaluated_on": tasks, "kl": rows, "samples": "those that chose the plans"}
 
 
 @dataclass
@@ -78,6 +120,7 @@ class Session:
         """
         draws = [draw_once(cfg, records, cfg.seed + i) for i in range(cfg.draws)]
         union = list({record_id(r): r for drawn in draws for r in drawn}.values())
+        check_tasks(cfg, tuple(map(subtask, union)))
         loaded: tuple[Any, Any, bool] = load_subject(cfg.checkpoint, cfg.device, cfg.precision)
         model, processor, is_ours = loaded
         depth = len(find_decoder(model).layers)
@@ -107,7 +150,7 @@ class Session:
             ConfigError: a score that is no number.
         """
         name, base = strategy or self.cfg.strategy.name, base or self.base
-        store = Partial(Path(self.cfg.output) / "partial.json", self._key(name, base)) if resume else None
+        store = Partial(self._partial, self._key(name, base)) if resume else None
         bar = ProgressBar(self.ranks.rank == 0)
         options = SweepOptions(
             image_token_id=self.cfg.image_token_id,
@@ -123,8 +166,6 @@ class Session:
             values = layer_values(self.model, self.own, name, self.cfg.strategy.bypass, base, options)
         bar.close()
         check_finite(values, self.ids)
-        if store and self.ranks.rank == 0:
-            store.remove()
         return ScoreTable(name, self.cfg.strategy.bypass, values, self.ids, self.tasks)
 
     def _key(self, strategy: str, base: SkipPlan) -> dict[str, Any]:
@@ -140,12 +181,33 @@ class Session:
 
     # --- choosing --------------------------------------------------------------------------------------------------
 
+    def run(self) -> Found:
+        """Score, choose, and measure what the chosen plans cost as a whole."""
+        table = self.score()
+        plans = self.choose(table)
+        kl = self.divergences(plans if self.cfg.transfer else {UNIVERSAL: plans[UNIVERSAL]})
+        if self.ranks.rank == 0:
+            self._partial.unlink(missing_ok=True)
+        return Found(table, plans, kl)
+
+    @property
+    def _partial(self) -> Path:
+        """Where finished layers wait for a run that goes on."""
+        return Path(self.cfg.output) / "partial.json"
+
+    def divergences(self, plans: Mapping[str, SkipPlan]) -> dict[str, Tensor]:
+        """Per plan (samples,) float64, from all processes: KL(P under the base plan || P under it), in nats."""
+        distinct = list(dict.fromkeys(plans.values()))
+        own = plan_divergences(self.model, self.own, distinct, self.base, self.cfg.image_token_id)
+        found = {plan: self.ranks.join(values) for plan, values in zip(distinct, own, strict=True)}
+        return {name: found[plan] for name, plan in plans.items()}
+
     def choose(self, table: ScoreTable) -> dict[str, SkipPlan]:
-        """The universal plan (under ``""``) and, for a bank, one per task."""
+        """The universal plan (under ``""``) and, for a bank or a transfer matrix, one per task."""
         cfg = self.cfg
         if cfg.strategy.search != "top":
             return {UNIVERSAL: self._searched(cfg.strategy.search)}
-        tasks = sorted(set(self.tasks)) if cfg.bank else []
+        tasks = sorted(set(self.tasks)) if cfg.bank or cfg.transfer else []
         scores: dict[str, Tensor] = {task: table.mean(task) for task in tasks}
         scores[UNIVERSAL] = search.universal(table, cfg.universal) if cfg.bank else table.mean()
         return {task: self.plan(search.count_for(own, cfg.budget.layers())) for task, own in scores.items()}
@@ -192,6 +254,24 @@ def draw_once(cfg: Config, records: Sequence[Record], seed: int) -> list[Record]
     return [record for task in tasks for record in draw(records, cfg.samples, seed, subtask, task)]
 
 
+def check_tasks(cfg: Config, tasks: Sequence[str]) -> None:
+    """Refuse drawn samples whose tasks cannot have a plan each, where one is asked for.
+
+    Raises:
+        ConfigError: naming the tasks or the field.
+    """
+    if not (cfg.bank or cfg.transfer):
+        return
+    refuse_single_samples(tasks)
+    names = sorted(set(tasks))
+    if cfg.transfer and len(names) < 2:
+        raise ConfigError(f"transfer: compares the plans of several tasks; all samples are of {names[0] or 'no task'}")
+    if cfg.bank and cfg.universal not in ("pooled", *names):
+        raise ConfigError(
+            f"universal: no sample has the task {cfg.universal!r}; use pooled or one of {', '.join(names)}"
+        )
+
+
 def check_budget(cfg: Config, depth: int) -> None:
     """Refuse a count above the depth before anything is measured."""
     if cfg.budget.count is not None and cfg.budget.count > depth:
@@ -213,10 +293,9 @@ def mean_kinds(
 
 def _kinds(model: Any, inputs: Mapping[str, Tensor], image_token_id: int | None) -> Tensor:
     """(1, T) int64 :class:`TokenKind` of one prompt."""
-    ids = inputs["input_ids"]
     if isinstance(model, SkipVisionForConditionalGeneration):
-        return model.token_kinds(ids, inputs.get("attention_mask"))
-    return PromptReader(visual_token_ids(model, image_token_id)).kinds(ids)
+        return inputs["token_kinds"]
+    return PromptReader(visual_token_ids(model, image_token_id)).kinds(inputs["input_ids"])
 
 
 class Partial:
@@ -242,10 +321,6 @@ class Partial:
         """Note a finished layer."""
         self.layers[str(layer)] = values.tolist()
         write_json(self.path, {"key": self.key, "layers": self.layers})
-
-    def remove(self) -> None:
-        """The run is complete."""
-        self.path.unlink(missing_ok=True)
 
 
 class ProgressBar:

@@ -8,6 +8,7 @@ state. The last layer computes only what is read, and is not perturbed: nobody r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -95,9 +96,29 @@ def sweep(
 
 @torch.no_grad()
 def read_logits(model: nn.Module, sample: Sample, plan: SkipPlan, image_token_id: int | None = None) -> Tensor:
-    """(R, V) logits at the read positions of a sample, from one plain forward under ``plan``."""
-    with apply(model, plan, image_token_id=image_token_id):
+    """(R, V) logits at the read positions of a sample, from one plain forward under ``plan``.
+
+    Where ``plan`` drops tokens that are ranked, the first read position ranks them, as it does when the prompt runs
+    alone: behind it stands the answer, of which a prefill knows nothing.
+    """
+    with apply(model, plan, image_token_id=image_token_id), _ranked_by(model, sample.read):
         return model(**sample.inputs, use_cache=False).logits[sample.read.to(_device(sample))]
+
+
+@contextmanager
+def _ranked_by(model: nn.Module, read: Tensor) -> Iterator[None]:
+    """Let the first position of ``read`` (1, T) ask for what a plan drops; :func:`apply` comes first."""
+    first = read & (read.cumsum(-1) == 1)
+
+    def hand(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        layout = kwargs.get("token_layout")
+        return args, kwargs if layout is None else {**kwargs, "token_layout": replace(layout, asking=first)}
+
+    hook = find_decoder(model).register_forward_pre_hook(hand, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _device(sample: Sample) -> torch.device:

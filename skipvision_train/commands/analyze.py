@@ -156,11 +156,6 @@ def draw_records(cfg: Config) -> list[Record]:
     from skipvision_train.commands import calibrate
 
     records = calibrate.read_records(calibrate.Config(recipe=cfg.recipe, prompts=cfg.prompts, data_root=cfg.data_root))
-    if not records:
-        raise ConfigError(
-            f"{'recipe' if cfg.prompts is None else 'prompts'}: {cfg.recipe or cfg.prompts} has no record with an "
-            "image; the analyses are of visual tokens"
-        )
     return draw(records, cfg.samples, cfg.seed, subtask, cfg.task)
 
 

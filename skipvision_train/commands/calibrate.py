@@ -37,6 +37,8 @@ class Config:
     """A plan for every task besides the universal one, in ``<output>/bank``; ``samples`` are then drawn per task."""
     universal: str = "pooled"
     """Where the universal plan of a bank comes from: ``pooled``, every task alike, or the name of a task."""
+    transfer: bool = False
+    """Measure what every task's plan costs on every task's samples: a prefill per sample and task more."""
     samples: int = 20
     """Records drawn at random. Each costs about half a prefill per layer."""
     draws: int = 1
@@ -75,11 +77,10 @@ def run(cfg: Config) -> None:
     try:
         session = Session.open(cfg, ranks, records)
         log_start(session)
-        table = session.score()
-        plans = session.choose(table)
+        found = session.run()
         if ranks.rank == 0:
-            outputs.write(cfg, session, table, plans)
-            sys.stdout.write(outputs.report(session, table, plans) + "\n")
+            outputs.write(session, found)
+            sys.stdout.write(outputs.report(session, found) + "\n")
             log.info("wrote %s", Path(cfg.output) / "plan.json")
     finally:
         ranks.finish()
@@ -101,8 +102,17 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{name}: {getattr(cfg, name)}; at least 1")
     if (cfg.recipe is None) == (cfg.prompts is None):
         raise ConfigError("recipe: give either recipe=... or prompts=... (a JSONL file)")
+    if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
+        raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     if cfg.bank and cfg.task is not None:
         raise ConfigError(f"bank: a bank holds a plan for every task; leave out task={cfg.task}")
+    if cfg.universal != "pooled" and not cfg.bank:
+        raise ConfigError(f"universal: {cfg.universal} is the universal plan of a bank; add bank=true, or use task=...")
+    for name in ("bank", "transfer"):
+        if getattr(cfg, name) and cfg.strategy.search != "top":
+            raise ConfigError(
+                f"{name}: strategy.search={cfg.strategy.search} finds one plan for all tasks; search each with task=..."
+            )
     choices: list[tuple[str, str, tuple[str, ...]]] = [
         ("positions", cfg.positions, POSITIONS),
         ("strategy.bypass", cfg.strategy.bypass, BYPASSES),
@@ -124,8 +134,12 @@ def read_records(cfg: Config) -> list[Record]:
     if cfg.prompts is not None:
         found = read_jsonl(cfg.prompts)
     else:
-        found = list(load_records(load_recipe(str(cfg.recipe), cfg.data_root)))
+        found = load_records(load_recipe(str(cfg.recipe), cfg.data_root)).read_all()
     usable = list({record_id(record): record for record in found if record.images}.values())
+    if not usable:
+        raise ConfigError(
+            f"recipe: none of the {len(found)} records of {cfg.recipe} shows an image; there is nothing to measure"
+        )
     if len(usable) < len(found):
         log.info(
             "%d of %d records have an image and an id of their own; the others are not drawn", len(usable), len(found)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import ConfigError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from skipvision_train.data.processor import SkipVisionProcessor
     from skipvision_train.data.records import Record
+    from skipvision_train.evaluation.evaluate import ImageSource
     from skipvision_train.evaluation.metrics import Accuracy
-    from skipvision_train.evaluation.results import EvaluationResult, Prediction, Timing
+    from skipvision_train.evaluation.results import BlindScores, EvaluationResult, Prediction, SampleCost, Timing
     from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
     from skipvision_train.plans.plan import SkipPlan
+
+    Groups = Sequence[tuple[SkipPlan, list[int]]]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +54,7 @@ class Config:
     blind: bool = False
     """Ask everything twice more without the images: grey ones, and those of another question of the task."""
     timing: bool = False
-    """Time prefill and decoding, dense against the plan."""
+    """Time prefill and decoding, dense against the plan; of a bank, against its universal plan."""
     timing_samples: int = 8
     """Questions that are timed, one by one."""
     seed: int = 0
@@ -65,27 +70,32 @@ def run(cfg: Config) -> None:
     for name in ("batch_size", "max_new_tokens", "timing_samples"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name}: {getattr(cfg, name)}; at least 1")
+    if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
+        raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     from skipvision_train.data.recipes import load_recipe, load_records
-    from skipvision_train.evaluation.evaluate import blind_scores, predict, sample_cost
+    from skipvision_train.evaluation.evaluate import blind_scores, file_images
     from skipvision_train.evaluation.loading import load_for_inference, package_versions
     from skipvision_train.evaluation.results import EvaluationResult, Scores
 
-    records = limit_per_task(load_records(load_recipe(cfg.recipe, cfg.data_root)), cfg.limit, cfg.seed)
+    records = limit_per_task(load_records(load_recipe(cfg.recipe, cfg.data_root)).read_all(), cfg.limit, cfg.seed)
     model, processor = load_for_inference(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)
-    log.info("%d questions, plan %s, on %s", len(records), model.plan.name, model.device)
-    root = None if cfg.data_root is None else Path(cfg.data_root)
-    ask = partial(predict, model, processor, batch_size=cfg.batch_size, max_new_tokens=cfg.max_new_tokens, root=root)
-    predictions = by_task(cfg.plan, model, records, ask) if is_mixed(cfg.plan) else ask(records)
+    plan, groups = plan_groups(cfg.plan, model, records)
+    log.info("%d questions, plan %s, on %s", len(records), plan.name, model.device)
+    answers = partial(ask, cfg, model, processor, records, groups)
+    predictions = answers(file_images(records))
     blind = None
     if cfg.blind:
         log.info("the same questions without their images")
-        blind = blind_scores(model, processor, records, cfg.batch_size, cfg.max_new_tokens, cfg.seed)
+        if is_mixed(cfg.plan):
+            blind = blind_by_task(answers, records, cfg.seed)
+        else:
+            blind = blind_scores(model, processor, records, cfg.batch_size, cfg.max_new_tokens, cfg.seed)
     result = EvaluationResult(
         checkpoint=cfg.checkpoint,
         recipe=cfg.recipe,
-        plan=model.plan,
+        plan=plan,
         scores=Scores.of(predictions),
-        cost=sample_cost(model, predictions),
+        cost=mean_cost(model, predictions, groups),
         predictions=tuple(predictions),
         blind=blind,
         timing=time_plans(model, processor, records[: cfg.timing_samples]) if cfg.timing else None,
@@ -102,31 +112,114 @@ def is_mixed(plan: PlanSpec) -> bool:
     return plan.method == "bank" and plan.task is None
 
 
-def by_task(
-    plan: PlanSpec,
-    model: SkipVisionForConditionalGeneration,
-    records: Sequence[Record],
-    ask: Callable[[Sequence[Record]], list[Prediction]],
-) -> list[Prediction]:
-    """Ask every record under the plan that the bank holds for its task; the model's plan is the same afterwards.
+def plan_groups(
+    spec: PlanSpec, model: SkipVisionForConditionalGeneration, records: Sequence[Record]
+) -> tuple[SkipPlan, Groups]:
+    """What the result names as its plan, and every plan with the indices of the records that run under it.
+
+    That is the model's plan and all records, but for a bank without ``plan.task``: there the named plan has the rules
+    of the universal one, and its provenance holds the plan of every task (``plans``).
 
     Raises:
-        PlanError: the bank is another model's.
+        PlanError: a bank of another model.
     """
     from skipvision_train.calibration.subject import model_hash
     from skipvision_train.config.plans import load_bank
     from skipvision_train.evaluation.evaluate import task_of
 
-    bank, own = load_bank(plan, model_hash(model)), model.plan
+    if spec.method != "bank":
+        return model.plan, [(model.plan, list(range(len(records))))]
+    bank = load_bank(spec, model_hash(model))
+    if spec.task is not None:
+        return model.plan, [(model.plan, list(range(len(records))))]
+    tasks = [task_of(record) for record in records]
+    facts = {"bank": str(bank.path), "plans": {task: bank.plan_for(task).to_dict() for task in sorted(set(tasks))}}
+    return replace(model.plan, name=f"bank {bank.path}", provenance=facts), bank.groups(tasks)
 
-    def run(task_plan: SkipPlan, rows: Sequence[int]) -> list[Prediction]:
-        model.set_plan(task_plan)
-        return ask([records[row] for row in rows])
 
+def ask(
+    cfg: Config,
+    model: SkipVisionForConditionalGeneration,
+    processor: SkipVisionProcessor,
+    records: Sequence[Record],
+    groups: Groups,
+    images_of: ImageSource,
+) -> list[Prediction]:
+    """The answers to all records, each under its group's plan; the model's plan is the same afterwards.
+
+    Args:
+        cfg: batch size, length of answers and data root.
+        model, processor: as loaded.
+        records: the questions.
+        groups: plans, and the indices of their records.
+        images_of: what is shown, by the index in ``records``.
+    """
+    from skipvision_train.evaluation.evaluate import predict
+
+    root = None if cfg.data_root is None else Path(cfg.data_root)
+    own = model.plan
+    found: dict[int, Prediction] = {}
     try:
-        return bank.run_mixed([task_of(record) for record in records], run)
+        for plan, rows in groups:
+            model.set_plan(plan)
+            made = predict(
+                model,
+                processor,
+                [records[row] for row in rows],
+                cfg.batch_size,
+                cfg.max_new_tokens,
+                partial(_shown, images_of, rows),
+                root,
+            )
+            found.update(zip(rows, made, strict=True))
     finally:
         model.set_plan(own)
+    return [found[row] for row in range(len(records))]
+
+
+def _shown(images_of: ImageSource, rows: Sequence[int], index: int) -> list[Image]:
+    return images_of(rows[index])
+
+
+def blind_by_task(
+    answers: Callable[[ImageSource], list[Prediction]], records: Sequence[Record], seed: int
+) -> BlindScores:
+    """As ``evaluation.evaluate.blind_scores``, every record under its own task's plan."""
+    from skipvision_train.evaluation.evaluate import file_images, grey_images, shuffled_images
+    from skipvision_train.evaluation.results import BlindScores, Scores
+
+    own = file_images(records)
+    variants = {"grey": grey_images(own), "shuffled": shuffled_images(records, own, seed)}
+    scores = {name: Scores.of(answers(source)) for name, source in variants.items()}
+    best = max(scores, key=lambda name: scores[name].mean.value)
+    return BlindScores(best, scores[best], {name: score.mean.value for name, score in scores.items()})
+
+
+def mean_cost(
+    model: SkipVisionForConditionalGeneration, predictions: Sequence[Prediction], groups: Groups
+) -> SampleCost:
+    """Cost of a prefill, mean over all prompts, each under its group's plan; the model's is the same afterwards."""
+    from skipvision_train.evaluation.evaluate import sample_cost
+    from skipvision_train.evaluation.results import SampleCost
+
+    own, costs = model.plan, []
+    try:
+        for plan, rows in groups:
+            model.set_plan(plan)
+            costs.append((len(rows), asdict(sample_cost(model, [predictions[row] for row in rows]))))
+    finally:
+        model.set_plan(own)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(rows * value for (rows, _), value in zip(costs, values, strict=True)) / len(predictions)
+
+    means: dict[str, Any] = {}
+    for name, first in costs[0][1].items():
+        if isinstance(first, dict):
+            means[name] = {key: mean(cost[name][key] for _, cost in costs) for key in first}
+        else:
+            means[name] = mean(cost[name] for _, cost in costs)
+    return SampleCost(**means)
 
 
 def limit_per_task(records: Sequence[Record], limit: int | None, seed: int) -> list[Record]:
@@ -153,7 +246,7 @@ def limit_per_task(records: Sequence[Record], limit: int | None, seed: int) -> l
 def time_plans(
     model: SkipVisionForConditionalGeneration, processor: SkipVisionProcessor, records: Sequence[Record]
 ) -> dict[str, Timing]:
-    """Time the dense plan against the model's current one, one record at a time."""
+    """Time the dense plan against the model's current one (a bank's universal plan), one record at a time."""
     from skipvision_train.evaluation.evaluate import file_images, prompt_batches
     from skipvision_train.evaluation.timing import measure_plans
     from skipvision_train.plans import dense
@@ -180,9 +273,11 @@ def table(result: EvaluationResult) -> str:
     lines.append(
         f"plan {result.plan.name}: decoder {cost.decoder_plan / 1e9:.2f} GFLOPs a prompt, {share:.1f} % of dense"
     )
+    mixed = "bank" in result.plan.provenance
     for name, timing in (result.timing or {}).items():
+        timed = "the universal plan" if mixed and name == "plan" else name
         lines.append(
-            f"{name}: prefill {timing.prefill_ms:.1f} ms, {timing.decode_ms:.1f} ms per token, "
+            f"{timed}: prefill {timing.prefill_ms:.1f} ms, {timing.decode_ms:.1f} ms per token, "
             f"KV cache {timing.kv_bytes / 1024:.1f} KiB"
         )
     return "\n".join(lines)

@@ -23,7 +23,7 @@ class Config:
     """The HTML file to write."""
     evaluations: list[str] = field(default_factory=list)
     """``evaluation.json`` files, or their folders. The first is the model's; the others are set beside it, each under
-    the name of its plan."""
+    the name of its plan. Without any the page shows training and calibration alone."""
     runs: list[str] = field(default_factory=list)
     """Folders of training stages, whose ``metrics.jsonl`` gives the loss curves."""
     vig: list[str] = field(default_factory=list)
@@ -44,16 +44,16 @@ def run(cfg: Config) -> None:
     from skipvision_train.data.images import load_image
     from skipvision_train.evaluation.results import EvaluationResult
 
-    if not cfg.evaluations:
-        raise ConfigError("evaluations: needs at least one evaluation.json")
+    if not cfg.evaluations and not cfg.runs and not cfg.vig:
+        raise ConfigError("evaluations: nothing to report; give evaluations, runs or vig")
     if cfg.examples < 0:
         raise ConfigError(f"examples: {cfg.examples} is negative")
-    own, *others = [EvaluationResult.load(_file(path, "evaluation.json")) for path in cfg.evaluations]
+    results = [EvaluationResult.load(_file(path, "evaluation.json")) for path in cfg.evaluations]
     inputs = ReportInputs(
         title=cfg.title,
         losses={Path(run_dir).name: read_metrics(Path(run_dir) / "metrics.jsonl") for run_dir in cfg.runs},
-        evaluation=own,
-        others=_named(others),
+        evaluation=results[0] if results else None,
+        others=_named(results[1:]),
         calibrations={_calibration_name(path, cfg.vig): read_calibration(path) for path in cfg.vig},
         examples=cfg.examples,
     )

@@ -183,7 +183,7 @@ class StageSpec:
     """Model directory of the previous stage (``<run>/model`` or a complete ``checkpoint-N``); its resampler is scaled
     to this stage's resolution. null builds the model from ``model.llm`` and ``model.vision_weights``."""
     template: str = "llama3"
-    """Chat template; ``plain`` is image, caption, end."""
+    """Chat template, a name from docs/templates.md; ``plain`` is image, caption, end."""
     lr: RatesSpec = field(default_factory=RatesSpec)
     """Learning rates; at least one part must train."""
     skip: SkipSpec = field(default_factory=SkipSpec)
@@ -212,6 +212,21 @@ class DataSpec:
     """A record that cannot be used: ``error`` stops the run, ``skip`` counts and logs it."""
     error_budget: int = 100
     """With ``skip``: so many unusable records stop the run."""
+    order: str = "shuffle"
+    """shuffle: everything. shards: shards in random order, and the records of a few shards shuffled together, so that
+    each file is read once. sequential: as the recipe lists them."""
+    shard_buffer: int = 8
+    """With ``order=shards``: so many shards are shuffled together."""
+    group: str = "none"
+    """length: within every global batch, records of like length share a micro batch (no step changes by it).
+    modality: also, a global batch has either only records with images or only ones without."""
+    pack: bool = False
+    """Put several records into one row, none of which attends to another; batch sizes count rows then."""
+    pack_length: int | None = None
+    """Tokens of a packed row, at least ``max_length``; null is ``max_length``. Longer rows are filled better."""
+    pack_by: str = "measured"
+    """measured: all texts are tokenized once before the first step, and the lengths are kept in the run's folder.
+    estimated: lengths follow from sizes; rows are less full, and one that turns out too long becomes two."""
 
 
 @dataclass

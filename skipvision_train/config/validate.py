@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipvision_train.config.specs import (
+    DataSpec,
     DeepSpeedSpec,
     ModelSpec,
     SkipSpec,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from skipvision_train.models.configuration import SkipVisionConfig
 
 SKIP_PARTS = ("attention", "ffn", "both")
+GROUPS = ("none", "length", "modality")
+PACK_BY = ("measured", "estimated")
 OWNED_BY_THE_RUN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -68,10 +71,13 @@ def check_sources(cfg: TrainConfig) -> None:
     if cfg.stage.start_from is not None:
         if cfg.model.llm is not None:
             raise ConfigError("model.llm: must be null where stage.start_from gives all weights")
-        if cfg.model.vision_weights is not None:
-            raise ConfigError("model.vision_weights: must be null where stage.start_from gives all weights")
+        for name in ("vision_weights", "connector_weights"):
+            if getattr(cfg.model, name) is not None:
+                raise ConfigError(f"model.{name}: must be null where stage.start_from gives all weights")
         _exists("stage.start_from", cfg.stage.start_from)
         return
+    if cfg.model.connector_weights is not None:
+        _exists("model.connector_weights", cfg.model.connector_weights)
     for path, value, what in (
         ("model.llm", cfg.model.llm, "the directory of a LLaMA-architecture model"),
         ("model.vision_weights", cfg.model.vision_weights, "a CLIP checkpoint"),
@@ -152,8 +158,14 @@ def _check_plan(cfg: TrainConfig, depth: int | None) -> None:
         raise ConfigError(
             f"plan.method: {cfg.plan.method} skips nothing where model.reducer.split is none; use plan=dense"
         )
-    if depth is not None:
-        stage_plan(cfg, depth)
+    if depth is None:
+        return
+    ranked = [drop.score for drop in stage_plan(cfg, depth).drops if drop.score in ("raters", "corrected_raters")]
+    if cfg.data.pack and ranked:
+        raise ConfigError(
+            f"data.pack: true under plan.method {cfg.plan.method}, whose drops rank by {ranked[0]}: that takes one "
+            "record per row; use data.pack=false"
+        )
 
 
 def _check_stage(stage: StageSpec) -> None:
@@ -209,6 +221,7 @@ def _check_data(cfg: TrainConfig, tokens: int) -> None:
     data = cfg.data
     _one_of("data.on_error", data.on_error, ("error", "skip"))
     _at_least("data.error_budget", data.error_budget, 0)
+    _check_batches(data)
     if data.max_length <= tokens:
         raise ConfigError(
             f"data.max_length: {data.max_length} has no room for text beside the {tokens} visual tokens of one image"
@@ -217,6 +230,26 @@ def _check_data(cfg: TrainConfig, tokens: int) -> None:
     if cfg.model.llm is None and cfg.stage.start_from is None and data.max_length > longest:
         raise ConfigError(
             f"data.max_length: {data.max_length} is more than model.text.max_position_embeddings {longest}"
+        )
+
+
+def _check_batches(data: DataSpec) -> None:
+    from skipvision_train.data.order import ORDERS
+
+    _one_of("data.order", data.order, ORDERS)
+    _one_of("data.group", data.group, GROUPS)
+    _one_of("data.pack_by", data.pack_by, PACK_BY)
+    _at_least("data.shard_buffer", data.shard_buffer, 1)
+    if not data.pack:
+        if data.pack_length is not None:
+            raise ConfigError(f"data.pack_length: {data.pack_length} without data.pack; set data.pack=true, or null")
+        return
+    if data.group != "none":
+        raise ConfigError(f"data.group: {data.group} with data.pack; packed rows have no padding to save, use none")
+    if data.pack_length is not None and data.pack_length < data.max_length:
+        raise ConfigError(
+            f"data.pack_length: {data.pack_length} is less than data.max_length {data.max_length}; a row must hold the "
+            "longest record"
         )
 
 

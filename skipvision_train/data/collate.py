@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from skipvision_train.data.processor import Example
 
 IGNORED_LABEL = -100
+NO_DOCUMENT = -1
+"""What stands in ``document_ids`` on padding."""
 
 
 def collate(examples: Sequence[Example | None], padding_side: str, pad_id: int) -> dict[str, Tensor]:
@@ -58,6 +60,41 @@ def collate(examples: Sequence[Example | None], padding_side: str, pad_id: int) 
     if any(count > 1 for count in tiles):
         batch["image_tiles"] = torch.tensor(tiles)
     return batch
+
+
+def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int) -> dict[str, Tensor]:
+    """Rows that hold several samples each, one behind the other, padded on the right.
+
+    Args:
+        rows: the samples of every row, at least one each, with labels.
+        pad_id: what ``input_ids`` is filled with.
+
+    Returns:
+        as :func:`collate`, and ``document_ids``, (B, T) int64: 0 for the first sample of a row, 1 for the second and so
+        on, -1 on padding. The first label of every sample is -100: what predicts it belongs to another sample.
+
+    Raises:
+        DataError: a sample has no labels.
+    """
+    if not all(sample.labels for samples in rows for sample in samples):
+        raise DataError("collate: only samples with labels are packed, there is a prompt among them")
+    batch = collate([_joined(samples) for samples in rows], "right", pad_id)
+    documents = [[i for i, sample in enumerate(samples) for _ in sample.input_ids] for samples in rows]
+    batch["document_ids"] = _padded(documents, batch["input_ids"].shape[1], NO_DOCUMENT, left=False)
+    return batch
+
+
+def _joined(samples: Sequence[Example]) -> Example:
+    """One example of several: their tokens and their images in order."""
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    return replace(
+        samples[0],
+        input_ids=[token for sample in samples for token in sample.input_ids],
+        labels=[label for sample in samples for label in (IGNORED_LABEL, *sample.labels[1:])],
+        token_kinds=[kind for sample in samples for kind in sample.token_kinds],
+        pixel_values=torch.cat(pixels) if pixels else None,
+        image_tiles=tuple(count for sample in samples for count in sample.image_tiles),
+    )
 
 
 def keep_queries(example: Example, image_token_id: int, queries: int, keep: int) -> Example:

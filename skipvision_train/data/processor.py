@@ -15,9 +15,9 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from skipvision_train.data.collate import collate
 from skipvision_train.data.images import load_image
-from skipvision_train.data.messages import conversation_turns, llama3_chat_template
+from skipvision_train.data.messages import chat_template, conversation_turns, flat_messages
 from skipvision_train.data.records import Record, Turn
-from skipvision_train.data.templates import BOS, EOT, Encoded, control_id, get_template
+from skipvision_train.data.templates import Encoded, get_template, split_special, token_ids
 from skipvision_train.data.tiling import num_tiles, to_tiles
 from skipvision_train.errors import DataError
 from skipvision_train.models.configuration import SkipVisionConfig
@@ -48,7 +48,7 @@ class SkipVisionProcessor(ProcessorMixin):
     """Tokenizer, chat format, image preprocessing and the layout of an image's tokens.
 
     Args:
-        tokenizer: LLaMA-3's, or another fast tokenizer with its control tokens. It needs no padding token.
+        tokenizer: a fast tokenizer with the template's control tokens. It needs no padding token.
         vision: fields of :class:`VisionConfig`.
         image_token_id: the placeholder, a special token of the tokenizer.
         image_tokens: for every number of tiles that an image can have (as text, for JSON), the kinds of its tokens in
@@ -76,6 +76,11 @@ class SkipVisionProcessor(ProcessorMixin):
         self._vision_config, self._tiling_config = VisionConfig(**vision), TilingConfig(**(tiling or {}))
         self.vision, self.tiling = asdict(self._vision_config), asdict(self._tiling_config)
         self.image_token_id = image_token_id
+        if not isinstance(image_tokens, Mapping):
+            raise DataError(
+                f"image_tokens: {image_tokens!r}; a mapping from numbers of tiles is needed, this processor was saved "
+                "by another version: save it again with SkipVisionProcessor.from_config"
+            )
         self.image_tokens = {str(tiles): [list(run) for run in runs] for tiles, runs in image_tokens.items()}
         self.template = template
         added = tokenizer.added_tokens_decoder.get(image_token_id)
@@ -95,15 +100,19 @@ class SkipVisionProcessor(ProcessorMixin):
     def from_config(
         cls, config: SkipVisionConfig, tokenizer: PreTrainedTokenizerBase, template: str = "llama3"
     ) -> SkipVisionProcessor:
-        """The processor that fits a model; ``template`` llama3 replaces the tokenizer's own chat template.
+        """The processor that fits a model. A template that is a chat format replaces the tokenizer's own chat template.
 
-        LLaMA-3.1's template inserts a dated system turn that models trained here have not seen.
+        LLaMA-3.1's inserts a dated system turn, for instance, that models trained here have not seen.
+
+        Raises:
+            DataError: as above, or the tokenizer lacks the template's control tokens.
         """
         tokens = {str(tiles): _runs(config.image_token_kinds(tiles)) for tiles in config.tiling_config.counts}
         vision, tiling = asdict(config.vision_config), asdict(config.tiling_config)
+        get_template(template).end(tokenizer)
         processor = cls(tokenizer, vision, config.image_token_id, tokens, tiling, template)
-        if template == "llama3":
-            processor.chat_template = tokenizer.chat_template = llama3_chat_template(processor.image_token)
+        if (text := chat_template(template, processor.image_token)) is not None:
+            processor.chat_template = tokenizer.chat_template = text
         return processor
 
     def tiles_of(self, width: int, height: int) -> int:
@@ -123,7 +132,12 @@ class SkipVisionProcessor(ProcessorMixin):
     def pad_id(self) -> int:
         """What padding is filled with. LLaMA-3 has no padding token; masks come from lengths, so any id would do."""
         pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else control_id(self.tokenizer, EOT)
+        return int(pad) if pad is not None else self.end_id
+
+    @property
+    def end_id(self) -> int:
+        """What ends an answer in the processor's template, whatever the tokenizer calls its end of sequence."""
+        return get_template(self.template).end(self.tokenizer)
 
     def encode(
         self,
@@ -178,7 +192,8 @@ class SkipVisionProcessor(ProcessorMixin):
         for start, count in zip(encoded.image_starts, tiles, strict=True):
             kinds[start : start + self.tokens_of(count)] = self._kinds[count]
         pixels = [to_tiles(image, self._vision_config, self._tiling_config) for image in images]
-        return Example(encoded.input_ids, labels, kinds, torch.cat(pixels) if pixels else None, tuple(tiles))
+        together = torch.cat(pixels) if len(pixels) > 1 else next(iter(pixels), None)  # one image is not copied
+        return Example(encoded.input_ids, labels, kinds, together, tuple(tiles))
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -211,7 +226,9 @@ class SkipVisionProcessor(ProcessorMixin):
         conversations = conversation if batched else [conversation]
         if not tokenize:
             texts = self.tokenizer.apply_chat_template(
-                list(conversations), tokenize=False, add_generation_prompt=add_generation_prompt
+                [flat_messages(messages, self.image_token) for messages in conversations],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
             return texts if batched else texts[0]
         loose = iter(images)
@@ -237,7 +254,7 @@ class SkipVisionProcessor(ProcessorMixin):
         """Text that already is in the chat format (``apply_chat_template(..., tokenize=False)``), and its images.
 
         Special tokens in the text are special tokens: for text of users that may contain them use
-        ``apply_chat_template``. One beginning-of-text token is added where the text has none.
+        ``apply_chat_template``. The token that the template begins with is added where the text lacks it.
 
         Args:
             images: all images of all texts, in order of their placeholder tokens in the texts.
@@ -256,7 +273,7 @@ class SkipVisionProcessor(ProcessorMixin):
             raise DataError(
                 "text: a text in the chat format is needed; apply_chat_template(..., tokenize=False) writes it"
             )
-        rows = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rows = [self._parse(text) for text in texts]
         if (found := sum(row.count(self.image_token_id) for row in rows)) != len(pictures):
             raise DataError(
                 f"{found} image tokens {self.image_token} in the text, but {len(pictures)} images; "
@@ -272,10 +289,15 @@ class SkipVisionProcessor(ProcessorMixin):
             raise DataError("padding: texts of different lengths make no batch; set padding=True")
         return BatchFeature(collate(examples, padding_side, self.pad_id))
 
+    def _parse(self, text: str) -> list[int]:
+        """Ids of a text with special tokens; between them it is tokenized as templates do."""
+        pieces = split_special(text, self.tokenizer)
+        return [token for ids in token_ids(pieces, self.tokenizer) for token in ids]
+
     def _expand(self, row: list[int], tiles: Sequence[int]) -> Encoded:
-        bos = control_id(self.tokenizer, BOS)
+        begin = get_template(self.template).begin(self.tokenizer)
         encoded, remaining = Encoded(), iter(tiles)
-        for token in row if row[:1] == [bos] else [bos, *row]:
+        for token in row if begin is None or row[:1] == [begin] else [begin, *row]:
             is_image = token == self.image_token_id
             if is_image:
                 encoded.image_starts.append(len(encoded.input_ids))

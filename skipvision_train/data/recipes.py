@@ -1,48 +1,27 @@
-"""Recipes: which files, how much of each, as YAML."""
+"""Recipes: which data sets, how much of each, as YAML."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
+import math
+import os
+import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from skipvision_train.data.records import Record, move_image_first, read_llava
+from skipvision_train.data.formats import FORMATS
+from skipvision_train.data.mixture import Mixture, Part
+from skipvision_train.data.sources import Source, expand
+from skipvision_train.data.stores import container_of
+from skipvision_train.data.tables import HUB
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.resources import resource_dir
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of a recipe.
-
-    Attributes:
-        name: unique within the recipe; sampling is seeded by it.
-        path: the data file, relative to the data root or absolute.
-        image_root: the directory that image paths are relative to, itself relative to the data root or absolute.
-        format: ``llava`` (JSON, or JSON lines if the name ends in .jsonl).
-        take: null for all; an integer for that many records; a fraction above 0 and at most 1 for that share.
-        repeat: how often the chosen records occur.
-        seed: of the choice.
-        max_malformed: so many malformed records are left out with a warning; one more is an error.
-        image_first: move the image of a turn to its front, as LLaVA-1.5 does to its data.
-    """
-
-    name: str
-    path: Path
-    image_root: Path
-    format: str = "llava"
-    take: int | float | None = None
-    repeat: int = 1
-    seed: int = 0
-    max_malformed: int = 0
-    image_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ def load_recipe(name: str | Path, root: str | Path | None = None) -> Recipe:
 
     Raises:
         ConfigError: naming the recipe file and the key.
-        DataError: a data file or an image directory is missing.
+        DataError: data files or image directories are missing; the message lists all of them.
     """
     base, _, split = str(name).partition(":")
     file = _recipe_file(base, root)
@@ -75,51 +54,30 @@ def load_recipe(name: str | Path, root: str | Path | None = None) -> Recipe:
     names = [source.name for source in sources]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"{file}: the source name {twice[0]!r} occurs twice; names seed the choice of records")
+    _refuse_missing(file, sources)
     return Recipe(f"{file.stem}:{split}" if split else file.stem, sources)
 
 
-def load_records(recipe: Recipe) -> list[Record]:
-    """The records of all sources in order, chosen and repeated as the recipe says; the same on every rank.
+def load_records(recipe: Recipe) -> Mixture:
+    """Open the sources of a recipe, in order; the same on every rank.
+
+    Files are indexed, records are read when they are asked for. Each source's counts and hash are logged.
 
     Raises:
-        DataError: a malformed file, or a source with fewer records than ``take``.
+        DataError: a file that cannot be opened, another checksum, or a source with fewer records than ``take``.
     """
-    records: list[Record] = []
+    parts = []
     for source in recipe.sources:
-        found = read_llava(source.path, source.image_root, source.name, source.max_malformed)
-        if source.image_first:
-            found = [move_image_first(record) for record in found]
-        chosen = [found[i] for i in _choose(len(found), source)]
+        parts.append(part := Part.open(source))
         logger.info(
-            "%s: %d of %d records, %d times, ids %s",
+            "%s: %d of %d records, %d in an epoch, hash %s",
             source.name,
-            len(chosen),
-            len(found),
-            source.repeat,
-            ids_hash(chosen),
+            part.selection.distinct,
+            len(part.store),
+            len(part),
+            part.hash,
         )
-        records.extend(chosen * source.repeat)
-    return records
-
-
-def ids_hash(records: Sequence[Record]) -> str:
-    """16 hexadecimal digits that stand for the sources and ids of the records in their order."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(f"{record.source}\0{record.id}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _choose(count: int, source: Source) -> list[int]:
-    """Indices in file order. Fewer are a subset of more, and neither Python's version nor the rank matters."""
-    if source.take is None:
-        return list(range(count))
-    wanted = source.take if isinstance(source.take, int) else max(1, round(source.take * count))
-    if wanted > count:
-        raise DataError(f"{source.path}: source {source.name!r} takes {wanted} records, the file has {count}")
-    key = f"{source.seed}:{source.name}"
-    ranked = sorted(range(count), key=lambda i: hashlib.sha256(f"{key}:{i}".encode()).digest())
-    return sorted(ranked[:wanted])
+    return Mixture(recipe.name, parts)
 
 
 def _recipe_file(base: str, root: str | Path | None) -> Path:
@@ -173,31 +131,89 @@ def _source(entry: Any, where: str, root: Path) -> Source:
         raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
     if missing := [key for key, field in known.items() if field.default is MISSING and key not in entry]:
         raise ConfigError(f"{where}: {', '.join(missing)} must be given")
-    for key in ("name", "path", "image_root", "format"):
-        if key in entry and (not isinstance(entry[key], str) or not entry[key]):
-            raise ConfigError(f"{where}: {key} is {entry[key]!r}; text is expected")
-    source = Source(**{**entry, "path": root / entry["path"], "image_root": root / entry["image_root"]})
-    _check(source, f"{where} ({source.name})")
-    return source
+    for key, (is_right, expected) in _RULES.items():
+        # Null is the same as leaving a key out, where that is allowed.
+        if key in entry and not (entry[key] is None and known[key].default is not MISSING) and not is_right(entry[key]):
+            raise ConfigError(f"{where}: {key} is {entry[key]!r:.80}; {expected}")
+    values = {key: value for key, value in entry.items() if value is not None}
+    if "take" in values and "first" in values:
+        raise ConfigError(f"{where}: take and first are both given; one of them chooses")
+    if values.get("take") == "all":
+        del values["take"]
+    if (form := values.get("format", "llava")) not in FORMATS:
+        raise ConfigError(f"{where}: format {form!r} is unknown; use one of {', '.join(FORMATS)}")
+    try:
+        values["path"] = _paths(values["path"], root)
+        values["checksum"] = _checksums(values.get("checksum", []), values["path"])
+    except ConfigError as error:
+        raise ConfigError(f"{where} ({values['name']}): {error}") from error
+    if "image_root" in values:
+        values["image_root"] = root / values["image_root"]
+    return Source(**values)
 
 
-def _check(source: Source, where: str) -> None:
-    if source.format != "llava":
-        raise ConfigError(f"{where}: format {source.format!r} is unknown; use llava")
-    for key, least in (("repeat", 1), ("seed", 0), ("max_malformed", 0)):
-        value = getattr(source, key)
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{where}: {key} is {value!r}; an integer of at least {least} is expected")
-    if not isinstance(source.image_first, bool):
-        raise ConfigError(f"{where}: image_first is {source.image_first!r}; true or false is expected")
-    take = source.take
-    whole = type(take) is int and take >= 1
-    share = isinstance(take, float) and 0 < take <= 1
-    if take is not None and not whole and not share:
-        raise ConfigError(
-            f"{where}: take is {take!r}; use null, an integer of at least 1, or a fraction above 0 and at most 1"
-        )
-    if not source.path.is_file():
-        raise DataError(f"{where}: no such data file: {source.path}")
-    if not source.image_root.is_dir():
-        raise DataError(f"{where}: no such image directory: {source.image_root}")
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and bool(value) and all(map(_is_text, value)))
+
+
+def _is_take(value: Any) -> bool:
+    return value == "all" or (type(value) is int and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+
+
+def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and value >= least, f"an integer of at least {least} is expected"
+
+
+_TEXT = (_is_text, "text is expected")
+_TEXTS = (_is_texts, "text or a list of texts is expected")
+_SWITCH: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "true or false is expected")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("name", "format", "image_root", "split", "task", "public", "note"), _TEXT),
+    **dict.fromkeys(("path", "checksum"), _TEXTS),
+    **dict.fromkeys(("image_first", "follow_links"), _SWITCH),
+    "take": (_is_take, "use null or all, an integer of at least 1, or a fraction above 0 and at most 1"),
+    "first": _at_least(1),
+    "repeat": _at_least(1),
+    "weight": (_is_weight, "a number above 0 is expected"),
+    "seed": _at_least(0),
+    "max_malformed": _at_least(0),
+}
+
+
+def _paths(given: str | list[str], root: Path) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in [given] if isinstance(given, str) else given:
+        found += [name] if name.startswith(HUB) else expand(os.path.join(root, name))
+    for path in found:
+        container_of(path)
+    return tuple(found)
+
+
+def _checksums(given: str | list[str], paths: tuple[str, ...]) -> tuple[str, ...]:
+    sums = tuple(text.removeprefix("sha256:").lower() for text in ([given] if isinstance(given, str) else given))
+    for text in sums:
+        if not re.fullmatch("[0-9a-f]{64}", text):
+            raise ConfigError(f"checksum is {text!r:.80}; 64 hexadecimal digits of SHA-256 are expected")
+    if sums and any(container_of(path) == "datasets" for path in paths):
+        raise ConfigError("checksum: a folder or a data set of the hub has none; name the files")
+    if sums and len(sums) != len(paths):
+        raise ConfigError(f"checksum: {len(sums)} for {len(paths)} files; one for each is expected")
+    return sums
+
+
+def _refuse_missing(file: Path, sources: tuple[Source, ...]) -> None:
+    missing = {source: found for source in sources if (found := source.missing())}
+    if missing:
+        lines = [
+            f"  {source.name}: {', '.join(found)}" + (f" (public: {source.public})" if source.public else "")
+            for source, found in missing.items()
+        ]
+        raise DataError(f"{file}: {len(missing)} of {len(sources)} sources are missing:\n" + "\n".join(lines))

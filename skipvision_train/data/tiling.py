@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from skipvision_train.data.images import fit_square, normalise, padding_colour, to_rgb
+from skipvision_train.data.images import fit_square, levels_of, normalise, padding_colour
+from skipvision_train.data.resizing import bicubic, resize_lanczos
 from skipvision_train.errors import DataError
 from skipvision_train.models.settings import TilingConfig, VisionConfig
 
@@ -60,7 +61,24 @@ def num_tiles(width: int, height: int, tiling: TilingConfig, side: int) -> int:
     return 1 if tiling.mode == "none" else 1 + columns * rows
 
 
-def to_tiles(image: Image.Image, vision: VisionConfig, tiling: TilingConfig) -> Tensor:
+def draft_factor(width: int, height: int, tiling: TilingConfig, side: int) -> int:
+    """By how much a JPEG may be decoded smaller (``load_image``): 1, 2, 4 or 8.
+
+    The largest factor that leaves resizing to the tiles something to shrink, or nothing to do, in both directions, and
+    that leaves the grid of tiles as it is. Arguments and errors as for ``tile_grid``.
+    """
+    columns, rows = tile_grid(width, height, tiling, side)
+    for factor in (8, 4, 2):
+        small = -(-width // factor), -(-height // factor)
+        is_enough = small[0] >= columns * side and small[1] >= rows * side
+        if tiling.mode != "aspect":
+            is_enough = max(small) >= columns * side
+        if is_enough and tile_grid(*small, tiling, side) == (columns, rows):
+            return factor
+    return 1
+
+
+def to_tiles(image: Image.Image, vision: VisionConfig, tiling: TilingConfig, resizer: str = "auto") -> Tensor:
     """The tiles of one image: the global view first, then the local tiles in raster order.
 
     As the released Skip-Vision code makes them. ``none``: one view, as of ``to_pixels``. ``aspect``: the image is
@@ -72,6 +90,7 @@ def to_tiles(image: Image.Image, vision: VisionConfig, tiling: TilingConfig) -> 
         image: of any size; other modes than RGB are converted as ``to_rgb`` does.
         vision: ``image_size`` (S), ``image_mean`` and ``image_std`` are used.
         tiling: see ``tile_grid``.
+        resizer: see ``resizing.bicubic``.
 
     Returns:
         (``num_tiles``, 3, S, S) float32.
@@ -79,18 +98,18 @@ def to_tiles(image: Image.Image, vision: VisionConfig, tiling: TilingConfig) -> 
     Raises:
         DataError: see ``to_rgb``, ``fit_square`` and ``tile_grid``.
     """
-    side = vision.image_size
+    side, resize = vision.image_size, bicubic(resizer)
     columns, rows = tile_grid(*image.size, tiling, side)
-    rgb, colour = to_rgb(image), padding_colour(vision)
+    levels, colour = levels_of(image), padding_colour(vision)
     if tiling.mode == "none":
-        return normalise([np.asarray(fit_square(rgb, side, colour))], vision)
+        return normalise([fit_square(levels, side, colour, resize)], vision)
     if tiling.mode == "square":
-        whole = fit_square(rgb, columns * side, colour, Image.Resampling.LANCZOS)
-        view = whole.resize((side, side), Image.Resampling.BICUBIC)
+        whole = fit_square(levels, columns * side, colour, resize_lanczos)
+        view = resize(whole, (side, side))
     else:
-        whole = rgb.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
-        view = rgb.resize((side, side), Image.Resampling.BICUBIC)
-    return normalise([np.asarray(view), *_cut(np.asarray(whole), columns, rows)], vision)
+        whole = resize(levels, (rows * side, columns * side))
+        view = resize(levels, (side, side))
+    return normalise([view, *_cut(whole, columns, rows)], vision)
 
 
 @lru_cache

@@ -19,8 +19,7 @@ from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.data.collate import collate
 from skipvision_train.data.images import load_image
 from skipvision_train.data.processor import SkipVisionProcessor
-from skipvision_train.data.records import IMAGE_MARKER, Record
-from skipvision_train.data.templates import EOT, control_id
+from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record
 from skipvision_train.errors import DataError
 from skipvision_train.evaluation.metrics import exact_match
 from skipvision_train.evaluation.results import BlindScores, Prediction, SampleCost, Scores
@@ -36,7 +35,7 @@ GREY = (128, 128, 128)
 
 def file_images(records: Sequence[Record]) -> ImageSource:
     """The records' own images, decoded when asked for."""
-    return lambda index: [load_image(path, records[index].id) for path in records[index].images]
+    return lambda index: [load_image(image, records[index].id) for image in records[index].images]
 
 
 def grey_images(images_of: ImageSource) -> ImageSource:
@@ -63,7 +62,7 @@ def derange(records: Sequence[Record], seed: int) -> list[int]:
         DataError: a group has one image set only, naming the task.
     """
     rng = random.Random(f"{seed}/derange")
-    groups: dict[tuple[str, int], dict[tuple[Path, ...], list[int]]] = {}
+    groups: dict[tuple[str, int], dict[tuple[ImageRef, ...], list[int]]] = {}
     for index, record in enumerate(records):
         group = groups.setdefault((task_of(record), len(record.images)), {})
         group.setdefault(record.images, []).append(index)
@@ -121,11 +120,13 @@ def generate_answers(
     max_new_tokens: int,
 ) -> list[str]:
     """The model's greedy answer to every row of a left-padded batch, without special tokens and outer white space."""
-    # Both templates end an answer with this token, whatever the tokenizer calls its end of sequence.
-    end = control_id(processor.tokenizer, EOT)
     generator: Any = model  # transformers annotates generate() for a protocol that no model of its own satisfies
     sequences = generator.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=processor.pad_id
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=processor.end_id,
+        pad_token_id=processor.pad_id,
     )
     answers = sequences[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -169,7 +170,7 @@ def predict(
                 Prediction(
                     record_id=record.id,
                     task=task_of(record),
-                    images=tuple(_relative(path, root) for path in record.images),
+                    images=_file_names(record, root),
                     question=question.replace(IMAGE_MARKER, "").strip(),
                     answer=answer,
                     output=text,
@@ -181,8 +182,12 @@ def predict(
     return predictions
 
 
-def _relative(path: Path, root: Path | None) -> str:
-    return str(path.relative_to(root) if root is not None and path.is_relative_to(root) else path)
+def _file_names(record: Record, root: Path | None) -> tuple[str, ...]:
+    """The images' paths, relative to ``root`` where they lie below it; none where one of them is no file of its own."""
+    if not all(image.is_file for image in record.images):
+        return ()
+    paths = [image.path for image in record.images]
+    return tuple(str(p.relative_to(root) if root is not None and p.is_relative_to(root) else p) for p in paths)
 
 
 def blind_scores(

@@ -10,8 +10,8 @@ from torch import Tensor
 class VisionFeatures(NamedTuple):
     """A tower's hidden states, and what its class token says about the patches.
 
-    A tuple, because ZeRO-3 finds tensors in tuples, lists and dicts only: from anything else its backward pass would not
-    gather the tower's weights.
+    A tuple, because ZeRO-3 finds tensors in tuples, lists and dicts only: from anything else its backward pass would
+    not gather the tower's weights.
 
     Attributes:
         states: (B, g * g, W) per depth that is read, in the order of ``VisionConfig.depths``; raster order.

@@ -19,6 +19,7 @@ from skipvision_train.models.connector_settings import MqtConfig
 from skipvision_train.models.connectors import build_connector
 from skipvision_train.models.reducer import Reducer
 from skipvision_train.models.vision import ClipVisionTower
+from skipvision_train.plans.attention import backend_mask
 from skipvision_train.plans.executor import Attachment, attach
 from skipvision_train.plans.layout import IGNORE_INDEX, TokenLayout, answer_starts
 from skipvision_train.plans.plan import SkipPlan
@@ -49,7 +50,9 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vision_tower = ClipVisionTower(vision, config.readout)
         self.connector = build_connector(config.connector_config, vision, width)
         self.reducer = Reducer(config.reducer_config, width)
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(
+            config.text_config, dtype=torch.get_default_dtype()
+        )
         self._attachment: Attachment | None = None
         self._plan = config.plan_or_dense()
         self.post_init()
@@ -195,13 +198,14 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         token_kinds: Tensor | None,
         image_tiles: Tensor | None,
+        document_ids: Tensor | None,
     ) -> TokenLayout:
         if token_kinds is None:
             token_kinds = self.token_kinds(input_ids, attention_mask, image_tiles)
         if (generated := input_ids.shape[1] - token_kinds.shape[1]) > 0:
             # generate() without a cache sends the whole sequence again; what it appended is text.
             token_kinds = F.pad(token_kinds, (0, generated), value=int(TokenKind.TEXT))
-        return TokenLayout.from_kinds(token_kinds)
+        return TokenLayout.from_kinds(token_kinds, document_ids)
 
     def forward(
         self,
@@ -210,6 +214,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_tiles: Tensor | None = None,
         token_kinds: Tensor | None = None,
+        document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
@@ -225,6 +230,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: (N, 3, S, S), the tiles of the images of all rows in order of appearance; None without images.
             image_tiles: (I,) int64, how many tiles each image has, the global view first; None means one each.
             token_kinds: (B, T) int64 :class:`TokenKind`; derived from ``input_ids`` if missing.
+            document_ids: (B, T) int64, each document one run of columns: several samples share a row, none attends to
+                another, positions restart with each, and no first label is predicted. None: a row is one document.
             position_ids: (B, T); derived if missing.
             past_key_values: the KV cache; a first call with an empty cache is the prefill.
             labels: (B, T) int64, ``-100`` where nothing is supervised; label t is predicted at t - 1.
@@ -238,13 +245,15 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: placeholders and images do not agree, with both counts.
+            PlanError: packed rows, and an attention implementation that takes no mask.
         """
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
-        embeds = (
-            self.get_input_embeddings()(input_ids) if decoding else self._embed(input_ids, pixel_values, image_tiles)
-        )
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # nobody reads a cache in training
+            labels = labels if document_ids is None else _within_documents(labels, document_ids)
         if not decoding:
-            layout = self._layout(input_ids, attention_mask, token_kinds, image_tiles)
+            # Before the images are encoded: what of the layout the CPU needs must not wait for the tower.
+            layout = self._layout(input_ids, attention_mask, token_kinds, image_tiles, document_ids)
             attention_mask = layout.attention_mask if attention_mask is None else attention_mask
             position_ids = layout.position_ids if position_ids is None else position_ids
             if self._attachment is not None:
@@ -252,8 +261,15 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     # In training what is dropped is ranked where an answer begins, not by the answer's last token.
                     layout = replace(layout, asking=answer_starts(labels))
                 kwargs["token_layout"] = layout
+            elif document_ids is not None:
+                # Not by restarting positions: transformers sees documents in them only without a mask and a cache.
+                text, dtype = self.language_model.config, self.get_input_embeddings().weight.dtype
+                attention_mask = backend_mask(layout.visible(), text._attn_implementation, dtype)
         elif position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1)[:, -input_ids.shape[1] :].clamp_min(0)
+        embeds = (
+            self.get_input_embeddings()(input_ids) if decoding else self._embed(input_ids, pixel_values, image_tiles)
+        )
         outputs = self.language_model.model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -326,6 +342,12 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 rows[-1].append(image)
                 left -= sum(counts) // len(tiles) if elastic else len(self.config.image_token_kinds(image))
         return rows
+
+
+def _within_documents(labels: Tensor, document_ids: Tensor) -> Tensor:
+    """``labels`` (B, T) without the first one of every document: what would predict it belongs to another."""
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return labels.masked_fill(begins, IGNORE_INDEX)
 
 
 AutoModel.register(SkipVisionConfig, SkipVisionForConditionalGeneration, exist_ok=True)

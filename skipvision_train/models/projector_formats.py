@@ -298,8 +298,8 @@ def _cos_layout(connector: ResamplerConfig, depths: tuple[int, ...]) -> Layout:
             modules[f"ln_{end}"] = f"{block}.mlp.0"
             modules[f"mlp_{end}.fc1"] = f"{block}.mlp.1"
             modules[f"mlp_{end}.fc2"] = f"{block}.mlp.3"
-    queries = frozenset(name for name in names if name.startswith("cls_token"))
-    return Layout("mm_projector.", names | _modules(modules), batched=queries)
+    batched = frozenset(name for name in names if name.startswith("cls_token"))
+    return Layout("mm_projector.", names | _modules(modules), batched=batched)
 
 
 def _trained_resampler(source: Path, connector: ResamplerConfig, stored: Iterable[str]) -> ResamplerConfig:

@@ -125,7 +125,9 @@ def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
         # A field that did not exist when the run began did what its default does.
         before = flatten(yaml.safe_load(recorded.read_text()))
         defaults = flatten(dataclasses.asdict(TrainConfig()))
-        missing = {k: v for k, v in defaults.items() if not any(name == k or name.startswith(f"{k}.") for name in before)}
+        missing = {
+            k: v for k, v in defaults.items() if not any(name == k or name.startswith(f"{k}.") for name in before)
+        }
         check_same_run(missing | before, dataclasses.asdict(cfg), run)
     if is_finished(run):
         return "finished"
@@ -165,6 +167,8 @@ def assemble(cfg: TrainConfig) -> StageParts:
     processor = SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template)
     dataset = open_dataset(cfg, processor)
     model = open_model(cfg, config)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = processor.end_id  # answers end where the template ends them
     apply_rates(model, cfg.stage.lr)
     if cfg.trainer.gradient_checkpointing:
         with warnings.catch_warnings():

@@ -97,6 +97,8 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
         save_steps=trainer.save_every or 500,
         save_total_limit=None,  # checkpoints.remove_old does it, after the newest is known to be whole
         dataloader_num_workers=trainer.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_prefetch_factor=4 if trainer.workers else None,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=not trainer.progress_bar,

@@ -128,6 +128,8 @@ def test_map_shows_rows_kinds_and_where_they_begin():
     assert axes.yaxis_inverted()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["35", "39", "48", "66"]  # no room for 49 and 67
     assert entries(figure) == ["retained", "middle", "summary", "left out"]
+    alone = attention_map([[0.1] * 4], ImageSpan(["skipped"] * 4, 35, {})).axes[1]
+    assert [label.get_text() for label in alone.get_xticklabels()] == ["35", "39"]
 
 
 def test_a_weight_of_nothing_is_drawn_like_the_least():

@@ -124,6 +124,14 @@ def test_a_bare_evaluation_is_enough(evaluation_factory):
     assert "Calibration" not in html
 
 
+def test_a_calibration_alone_is_enough():
+    """Of a model that nobody evaluated, such as those of transformers."""
+    html = render_report(ReportInputs("t", {}, calibrations={"vskip": Calibration([0.5, 0.1, 0.0], [2])}), Pictures())
+    assert "Calibration" in html
+    for absent in ("Accuracy", "Cost of one sample", "Held-out"):
+        assert absent not in html
+
+
 def test_examples_mix_tasks_and_verdicts(evaluation_factory):
     predictions = evaluation_factory().predictions
     chosen = choose_examples(predictions, 12)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from skipvision_train.data.processor import SkipVisionProcessor
-from skipvision_train.data.records import Record, Turn
+from skipvision_train.data.records import ImageRef, Record, Turn
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 
 CONTROL = (
@@ -78,6 +78,6 @@ def record(picture) -> Callable[..., Record]:
         roles = [("user", "assistant")[i % 2] for i in range(len(texts))]
         turns = [Turn(role, text) for role, text in zip(roles, texts, strict=True)]
         turns[0] = Turn("user", f"<image>\n{texts[0]}")
-        return Record(identity, "quiz", (picture(f"{identity}.png"),), tuple(turns), task)
+        return Record(identity, "quiz", (ImageRef(picture(f"{identity}.png")),), tuple(turns), task)
 
     return make

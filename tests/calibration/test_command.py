@@ -13,8 +13,10 @@ import torch
 from tiny_vlms import make_family
 
 from skipvision_train import apply
+from skipvision_train.analysis.calibration_report import read_calibration, section
 from skipvision_train.calibration import session
 from skipvision_train.calibration.bank import PlanBank
+from skipvision_train.calibration.samples import prompt_samples, read_jsonl
 from skipvision_train.calibration.scores import ScoreTable
 from skipvision_train.calibration.subject import load_subject, model_hash
 from skipvision_train.calibration.sweep import SweepOptions
@@ -59,8 +61,22 @@ def scores_of(folder):
 
 @pytest.fixture(scope="module")
 def alone(workspace):
-    run_command("calibrate", arguments(workspace, workspace / "alone"))
+    run_command("calibrate", arguments(workspace, workspace / "alone", "transfer=true"))
     return workspace / "alone"
+
+
+def kl_by_hand(workspace, plan, ids, positions="next"):
+    """(ids,) KL(P || P under the plan) of the workspace's prompts, from forwards of the model."""
+    model, processor, _ = load_subject(str(workspace / "model"))
+    records = {f"prompts/{record.id}": record for record in read_jsonl(workspace / "prompts.jsonl")}
+    values = []
+    for sample in prompt_samples(model, processor, [records[i] for i in ids], positions):
+        with torch.no_grad():
+            p = model(**sample.inputs).logits[sample.read].double().log_softmax(-1)
+            with apply(model, plan):
+                q = model(**sample.inputs).logits[sample.read].double().log_softmax(-1)
+        values.append((p.exp() * (p - q)).sum(-1).mean())
+    return torch.stack(values)
 
 
 def test_plan_and_scores_of_a_model_of_transformers(workspace, alone, capsys):
@@ -76,7 +92,7 @@ def test_plan_and_scores_of_a_model_of_transformers(workspace, alone, capsys):
     assert plan.provenance["model_hash"] == model_hash(model)
     with apply(model, plan):
         pass
-    assert {p.name for p in alone.glob("*.png")} == {"vig.png", "vig_by_task.png", "skip_map.png"}
+    assert {p.name for p in alone.glob("*.png")} == {"vig.png", "vig_by_task.png", "skip_map.png", "transfer.png"}
 
 
 def on_two_processes(workspace, output, *overrides):
@@ -102,11 +118,62 @@ def test_one_sample_is_shared_by_two_processes_in_a_search(workspace, tmp_path, 
 def test_two_processes_give_the_same_numbers_and_the_same_plan(workspace, alone):
     """Three samples each, in the order of the samples."""
     output = workspace / "two"
-    done = on_two_processes(workspace, output)
+    done = on_two_processes(workspace, output, "transfer=true")
     assert scores_of(output).samples == scores_of(alone).samples
     torch.testing.assert_close(scores_of(output).values, scores_of(alone).values, atol=1e-9, rtol=1e-6)
     assert SkipPlan.load(output / "plan.json") == SkipPlan.load(alone / "plan.json")
     assert done.stdout.count("layer          vig") == 1
+    one, two = (json.loads((folder / "transfer.json").read_text())["kl"] for folder in (alone, output))
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=1e-9, rtol=1e-6)
+
+
+def test_transfer_is_the_cost_of_every_tasks_plan_on_every_tasks_samples(workspace, tmp_path):
+    overrides = ["budget=count", "budget.count=2", "transfer=true", "bank=true", "samples=2"]
+    run_command("calibrate", arguments(workspace, tmp_path, *overrides))
+    matrix, table, bank = json.loads((tmp_path / "transfer.json").read_text()), scores_of(tmp_path), tmp_path / "bank"
+    assert matrix["calibrated_on"] == matrix["evaluated_on"] == ["a", "b", "c"]
+    for row, task in zip(matrix["kl"], "abc", strict=True):
+        for value, other in zip(row, "abc", strict=True):
+            ids = [name for name, own in zip(table.samples, table.tasks, strict=True) if own == other]
+            expected = kl_by_hand(workspace, PlanBank.load(bank).plan_for(task), ids).mean()
+            assert value == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+    assert read_calibration(tmp_path).transfer.values["kl"] == matrix["kl"]
+    captions = [figure["alt"] for figure in section("c", read_calibration(tmp_path))["figures"]]
+    assert captions == ["Score per layer and task, c", "Layers that skip, by budget", "Transfer, kl"]
+
+    run_command("calibrate", arguments(workspace, tmp_path, *overrides[:2]))
+    assert read_calibration(tmp_path).transfer is None
+    assert not (tmp_path / "transfer.png").exists()
+
+
+@pytest.mark.parametrize("positions", ["next", "answer"])
+def test_the_cost_that_greedy_reports_is_that_of_the_final_plan(workspace, tmp_path, positions, capsys):
+    overrides = ["strategy.search=greedy", "budget=count", "budget.count=3", f"positions={positions}"]
+    run_command("calibrate", arguments(workspace, tmp_path, *overrides))
+    found, plan = json.loads((tmp_path / "vig.json").read_text())["kl"], SkipPlan.load(tmp_path / "plan.json")
+    values = kl_by_hand(workspace, plan, scores_of(tmp_path).samples, positions)
+    assert found["value"] == pytest.approx(float(values.mean()), rel=1e-3)
+    half = 1.959964 * float(values.std()) / len(values) ** 0.5
+    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-3)
+    assert f"the whole plan moves the output by {found['value']:.3e} nats" in capsys.readouterr().out
+    added = scores_of(tmp_path).mean().sum()
+    assert found["value"] != pytest.approx(float(added), rel=1e-2)  # scores of single layers do not add up to it
+
+
+def test_wandb_gets_the_pictures_and_the_scores(workspace, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    overrides = ["wandb_project=p", "transfer=true", "draws=2", "budget=threshold", "budget.threshold=0.01"]
+    run_command("calibrate", arguments(workspace, tmp_path / "c", *overrides))
+    wandb.teardown()  # waits for the process that writes the file
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    logged = {path.name.split("_0_")[0] for path in (run / "files" / "media" / "images").iterdir()}
+    assert logged == {"vig", "vig_by_task", "skip_map", "seeds", "transfer"}
+    assert {path.stem for path in (tmp_path / "c").glob("*.png")} == logged
+    (log,) = run.glob("*.wandb")
+    assert b"score/layer_2" in log.read_bytes()
 
 
 def test_a_run_that_was_broken_off_goes_on(workspace, alone, monkeypatch, tmp_path, caplog):
@@ -180,6 +247,18 @@ def test_joint_search_meets_its_flops_budget(workspace, tmp_path, capsys):
         (["bank=true", "task=a"], "bank: a bank holds a plan for every task"),
         (["strategy.name=gain"], "strategy: 'gain' is unknown"),
         (["positions=all"], "positions: 'all' is unknown"),
+        (["bank=true", "samples=1"], "samples: one of 'a', 'b', 'c', and one has no variance; draw 2 of every task"),
+        (["transfer=true", "samples=4"], "samples: one of 'b', 'c'"),
+        (
+            ["transfer=true", "task=a", "samples=2"],
+            "transfer: compares the plans of several tasks; all samples are of a",
+        ),
+        (["bank=true", "samples=2", "universal=d"], "universal: no sample has the task 'd'"),
+        (["universal=a"], "universal: a is the universal plan of a bank"),
+        (["bank=true", "strategy.search=greedy"], "bank: strategy.search=greedy finds one plan for all tasks"),
+        (["prompts=/none.jsonl"], "prompts: /none.jsonl: cannot be read: No such file"),
+        (["subject=llava"], "subject: no configuration named 'llava'"),
+        (["subject=llava_1_5_7b"], "budget.count: 19; the model has 3 layers"),
     ],
 )
 def test_mistakes_are_one_line(workspace, tmp_path, overrides, message, capsys):
@@ -189,3 +268,21 @@ def test_mistakes_are_one_line(workspace, tmp_path, overrides, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "x" / "plan.json").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_measured(workspace, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        run_command("calibrate", arguments(workspace, tmp_path / "file"))
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: output: {tmp_path / 'file'} is a file; name a folder"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_data_without_any_image_are_refused(workspace, tmp_path, capsys):
+    turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    (tmp_path / "text.yaml").write_text("sources:\n  - {name: t, path: text.json, image_root: .}\n")
+    overrides = [f"recipe={tmp_path / 'text.yaml'}", "prompts=null"]
+    with pytest.raises(SystemExit):
+        run_command("calibrate", arguments(workspace, tmp_path / "x", *overrides))
+    assert "none of the 1 records" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from tiny_vlms import make_family
 from tokenizers.processors import TemplateProcessing
 
 from skipvision_train.calibration.samples import (
-    Sample,
     chat_messages,
     draw,
     prompt_samples,
@@ -22,7 +21,7 @@ from skipvision_train.calibration.samples import (
     refuse_single_samples,
     subtask,
 )
-from skipvision_train.data.records import Record, Turn
+from skipvision_train.data.records import ImageRef, Record, Turn
 from skipvision_train.errors import ConfigError, DataError
 
 # --- drawing -------------------------------------------------------------------------------------------------------
@@ -112,10 +111,9 @@ def test_many_tasks_are_not_all_listed():
 
 
 def test_one_sample_of_a_task_has_no_variance():
-    samples = [Sample(str(i), task, {}, torch.ones(1, 1, dtype=torch.bool)) for i, task in enumerate("aabcc")]
-    with pytest.raises(ConfigError, match="'b'"):
-        refuse_single_samples(samples)
-    refuse_single_samples([sample for sample in samples if sample.task != "b"])
+    with pytest.raises(ConfigError, match="one of 'b', 'd', and one has no variance; draw 2 of every task"):
+        refuse_single_samples("aabccd")
+    refuse_single_samples("aacc")
 
 
 # --- prompts from a file -------------------------------------------------------------------------------------------
@@ -136,7 +134,11 @@ def test_lines_become_records(tmp_path):
     )
     first, second = read_jsonl(path)
     assert first == Record(
-        "1", "quiz", (tmp_path / "x/a.png",), (Turn("user", "<image>\nWhich?"), Turn("assistant", "red")), "colour"
+        "1",
+        "quiz",
+        (ImageRef(tmp_path / "x/a.png"),),
+        (Turn("user", "<image>\nWhich?"), Turn("assistant", "red")),
+        "colour",
     )
     assert (second.id, second.task, subtask(second)) == ("12", None, "")
     assert [str(image) for image in second.images] == [str(tmp_path / "a.png"), "/b.png"]
@@ -174,8 +176,10 @@ def test_a_bad_line_is_named_with_its_field(tmp_path, line, message):
 def test_a_file_without_prompts_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no prompts"):
         read_jsonl(write_lines(tmp_path, ""))
-    with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"prompts: .*absent\.jsonl: cannot be read: No such file"):
         read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_jsonl(tmp_path)
 
 
 # --- our own model -------------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def test_the_next_token_is_read_behind_the_prompt(own_model, own_processor, reco
     messages = [
         {
             "role": "user",
-            "content": [{"type": "image", "image": asked.images[0]}, {"type": "text", "text": "Which colour?"}],
+            "content": [{"type": "image", "image": asked.images[0].path}, {"type": "text", "text": "Which colour?"}],
         },
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": "And how many?"},
@@ -242,11 +246,11 @@ def test_what_cannot_be_measured_is_named(own_model, own_processor, record, tmp_
     twice = replace(asked, turns=(*asked.turns[:1], Turn("user", "More?"), Turn("assistant", "no")))
     with pytest.raises(DataError, match="record 7 of quiz: turns are user, user"):
         record_samples(own_model, own_processor, [twice])
-    whole = asked.images[0].read_bytes()
-    asked.images[0].write_bytes(whole[: len(whole) // 2])
+    whole = asked.images[0].path.read_bytes()
+    asked.images[0].path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"7\.png \(record 7\): no image that can be decoded"):
         record_samples(own_model, own_processor, [asked])
-    asked.images[0].unlink()
+    asked.images[0].path.unlink()
     with pytest.raises(DataError, match=r"7\.png \(record 7\): no such image"):
         record_samples(own_model, own_processor, [asked])
 
@@ -301,7 +305,7 @@ def test_an_answer_follows_the_prompt_of_any_model(name, record):
 def test_without_a_chat_template_an_image_is_its_token(record, picture):
     family = make_family("llava")
     asked = replace(record("w1", "w3"), turns=(Turn("user", "w1 <image> w2 <image>"), Turn("assistant", "w3")))
-    asked = replace(asked, images=(*asked.images, picture("other.png")))
+    asked = replace(asked, images=(*asked.images, ImageRef(picture("other.png"))))
     (sample,) = prompt_samples(family.model, family.processor, [asked])
     image = [family.image_token_id] * 4
     words = family.processor.tokenizer.convert_tokens_to_ids(["w1", "w2"])

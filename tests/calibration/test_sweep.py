@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skipvision_train.calibration.samples import Sample
 from skipvision_train.calibration.scores import STRATEGIES, ScoreTable, kl_divergence, plan_divergence, score_layers
-from skipvision_train.calibration.sweep import SweepOptions, sweep
+from skipvision_train.calibration.sweep import SweepOptions, read_logits, sweep
 from skipvision_train.errors import ConfigError, PlanError
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.plans import LayerRule, compose, dense, fastv, skip_ffn, vskip
+from skipvision_train.plans import LayerRule, compose, dense, fastv, pyramiddrop, skip_ffn, sparsevlm, vskip
 from skipvision_train.plans.rules import VISUAL
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
@@ -124,6 +124,43 @@ def test_a_causal_lm_with_a_given_image_token():
     samples = [sample_of({"input_ids": torch.tensor([[12, image, image, image, 13, 14]])})]
     got = sweep(model, samples, LayerRule(no_ffn=VISUAL), kl_divergence, dense(), SweepOptions(image_token_id=image))
     assert (got[:2] > 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [fastv(1, 1), pyramiddrop([1, 2], [0.5, 0.25]), sparsevlm(layers=[1], keep=[1])],
+    ids=lambda plan: plan.name,
+)
+def test_the_prompts_last_token_ranks_what_a_plan_drops_also_in_front_of_an_answer(plan):
+    """Causal: what predicts the answer's first token knows nothing of the answer, so that the prompt alone says it."""
+    tiny = family("llava")
+    prompt = tiny.inputs(1)
+    answer = torch.tensor([[IDS["w20"], IDS["w3"], IDS["w11"]]])
+    whole = dict(prompt, input_ids=torch.cat([prompt["input_ids"], answer], 1))
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    sample = sample_of(whole, positions=4)
+    sample.read[:, -1] = False
+    torch.testing.assert_close(
+        read_logits(tiny.model, sample, plan)[:1], read_logits(tiny.model, sample_of(prompt), plan)
+    )
+    assert len(read_logits(tiny.model, sample, plan)) == 3
+    with_labels = dict(whole, labels=torch.cat([torch.full_like(prompt["input_ids"], -100), answer], 1))
+    assert not torch.equal(read_logits(tiny.model, sample, plan), read_logits(tiny.model, sample, dense()))
+    from skipvision_train import apply
+
+    with apply(tiny.model, plan), torch.no_grad():  # as in training
+        expected = tiny.model(**with_labels).logits[sample.read]
+    torch.testing.assert_close(read_logits(tiny.model, sample, plan), expected)
+
+
+def test_the_same_on_our_model(ours):
+    sample = our_samples(ours)[1]
+    plan = compose([skip_ffn(), fastv(1, 2, kinds=frozenset(["retained", "middle"]))])
+    ids = torch.cat([sample.inputs["input_ids"], torch.tensor([[40, 41]])], 1)
+    longer = sample_of({**sample.inputs, "input_ids": ids}, positions=3)
+    longer.read[:, -1] = False
+    prompt = sample_of(sample.inputs)
+    torch.testing.assert_close(read_logits(ours, longer, plan)[:1], read_logits(ours, prompt, plan))
 
 
 # --- resuming, ranks, cost -----------------------------------------------------------------------------------------

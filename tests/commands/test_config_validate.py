@@ -159,10 +159,15 @@ def test_random_weights_must_be_asked_for(cfg, tmp_path):
     with pytest.raises(ConfigError, match=r"^model\.llm: .*missing does not exist"):
         check_sources(cfg)
 
+    cfg.model.llm, cfg.model.connector_weights = str(tmp_path), str(tmp_path / "none.bin")
+    with pytest.raises(ConfigError, match=r"^model\.connector_weights: .*none\.bin does not exist"):
+        check_sources(cfg)
 
-def test_start_from_gives_all_weights(cfg, tmp_path):
+
+@pytest.mark.parametrize("part", ["llm", "vision_weights", "connector_weights"])
+def test_start_from_gives_all_weights(cfg, tmp_path, part):
     cfg.stage.start_from = str(tmp_path)
     check_sources(cfg)
-    cfg.model.llm = str(tmp_path)
-    with pytest.raises(ConfigError, match=r"^model\.llm: must be null where stage\.start_from"):
+    setattr(cfg.model, part, str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"^model\.{part}: must be null where stage\.start_from"):
         check_sources(cfg)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from skipvision_train.data.processor import SkipVisionProcessor
-from skipvision_train.data.records import Record, Turn
+from skipvision_train.data.records import ImageRef, Record, Turn
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -120,7 +122,7 @@ def turns():
 @pytest.fixture
 def record():
     def make(turns, images=(), identity="7"):
-        return Record(identity, "test", tuple(images), tuple(turns))
+        return Record(identity, "test", tuple(map(ImageRef, images)), tuple(turns))
 
     return make
 
@@ -135,6 +137,23 @@ def llava():
         return entry | ({} if image is None else {"image": image}) | extra
 
     return make
+
+
+@pytest.fixture
+def write_tar(tmp_path):
+    """``write_tar("a.tar", {"0.txt": b"..."})`` or with a list of pairs, where names occur twice."""
+
+    def write(name, members):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for member, data in members.items() if isinstance(members, dict) else members:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+        return path
+
+    return write
 
 
 @pytest.fixture

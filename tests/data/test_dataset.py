@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
 from skipvision_train.data.collate import collate
 from skipvision_train.data.dataset import RecordDataset
+from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.errors import ConfigError, DataError
 
 
@@ -51,8 +54,8 @@ def test_skip_policy_counts_logs_and_leaves_out(records, processor, caplog):
     batches = list(DataLoader(dataset, batch_size=3, collate_fn=partial(collate, padding_side="right", pad_id=0)))
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 2]
     assert dataset.skipped == 2
-    assert "left out record id1 of test (1 so far)" in caplog.text
-    assert "left out record id4 of test (2 so far)" in caplog.text
+    assert re.search(r"left out record 1 \(1 so far\): .*1\.png \(record id1 of test\): no image", caplog.text)
+    assert re.search(r"left out record 4 \(2 so far\): .*4\.png \(record id4 of test\): no image", caplog.text)
 
 
 def test_budget_stops_the_run_and_names_the_count(records, processor):
@@ -60,6 +63,61 @@ def test_budget_stops_the_run_and_names_the_count(records, processor):
     assert dataset[1] is None
     with pytest.raises(DataError, match=r"2 records could not be used, data.error_budget is 1; the last: .*4\.png"):
         dataset[4]
+
+
+def test_a_record_that_is_met_again_counts_once(records, processor):
+    dataset = RecordDataset(records, processor, on_error="skip", error_budget=2)
+    assert [dataset[i] for i in (1, 4, 1, 4, 1)] == [None] * 5
+    assert dataset.skipped == 2
+
+
+@pytest.fixture
+def mixture(tmp_path, llava, write_json, picture):
+    """Two sources: of ``strict`` record 1 has no image file, of ``loose`` 0 leaves the root, 1 is no conversation."""
+    picture().save(tmp_path / "0.png")
+    fine = llava("<image>\nWhat?", "answer", image="0.png")
+    write_json([fine, fine | {"image": "gone.png"}, fine], "strict.json")
+    write_json([fine | {"image": "../0.png"}, {"id": "odd"}, fine], "loose.json")
+
+    def make(**loose):
+        sources = [{"name": name, "path": f"{name}.json", "image_root": "."} for name in ("strict", "loose")]
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"sources": [sources[0], sources[1] | loose]}))
+        return load_records(load_recipe(tmp_path / "mine.yaml"))
+
+    return make
+
+
+def test_one_policy_for_files_records_and_images(mixture, processor):
+    dataset = RecordDataset(mixture(), processor, on_error="skip", error_budget=3)
+    assert [dataset[i] is None for i in range(6)] == [False, True, False, True, True, False]
+    assert dataset.skipped == 3
+    with pytest.raises(
+        DataError, match=r"3 records could not be used, data.error_budget is 2; the last: .*\(id 'odd'\)"
+    ):
+        list(RecordDataset(mixture(), processor, on_error="skip", error_budget=2))
+
+
+def test_a_source_may_have_a_budget_of_its_own(mixture, processor):
+    dataset = RecordDataset(mixture(max_malformed=2), processor)
+    assert [dataset[i] is None for i in (3, 4, 3)] == [True] * 3
+    with pytest.raises(DataError, match=r"gone\.png .*no such image"):
+        dataset[1]
+    dataset = RecordDataset(mixture(max_malformed=1), processor, on_error="skip", error_budget=1)
+    assert [dataset[i] for i in (1, 3)] == [None, None]  # each counts against its own budget
+    with pytest.raises(DataError, match="2 records could not be used, max_malformed of loose is 1; the last: "):
+        dataset[4]
+    with pytest.raises(DataError, match="1 records could not be used, max_malformed of loose is 0"):
+        RecordDataset(mixture(max_malformed=0), processor, on_error="skip")[3]
+
+
+def test_lengths_of_a_mixture_come_without_reading(mixture, processor, monkeypatch):
+    found = mixture()
+    expected = [14 + (13 + 1 + 6) // 4] * 6
+    expected[4] = 0
+    lengths = RecordDataset(found, processor).lengths
+    assert [abs(a - b) <= 8 for a, b in zip(lengths, expected, strict=True)] == [True] * 6
+    monkeypatch.setattr(type(found), "__getitem__", lambda *_: pytest.fail("a record was read"))
+    assert RecordDataset(found, processor).lengths == lengths
 
 
 def test_workers_share_the_budget(records, processor):

@@ -234,3 +234,9 @@ def test_padding_id_is_no_image(processor):
     assert processor.pad_id == processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     processor.tokenizer.pad_token = "<|end_of_text|>"
     assert processor.pad_id == processor.tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+
+
+def test_a_processor_of_another_version_is_refused(processor):
+    runs = processor.image_tokens["1"]
+    with pytest.raises(DataError, match=r"^image_tokens: .*; a mapping from numbers of tiles is needed"):
+        type(processor)(processor.tokenizer, processor.vision, processor.image_token_id, runs)

@@ -1,132 +1,122 @@
-"""LLaVA's format as users have it, and every way in which a file can be wrong."""
+"""Records as plain data: where images are, and what no record may hold."""
 
 from __future__ import annotations
 
-import json
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 
-from skipvision_train.data.records import IMAGE_MARKER, Record, Turn, move_image_first, read_llava
+from skipvision_train.data import records as module
+from skipvision_train.data.records import (
+    IMAGE_MARKER,
+    ImageRef,
+    Turn,
+    check_record,
+    move_image_first,
+    text_bytes,
+)
 from skipvision_train.errors import DataError
 
 
-def read(path, **options):
-    return read_llava(path, "/images", "test", **options)
+def content(ref):
+    with ref.open() as file:
+        return file.read()
 
 
-def test_reads_every_form_of_image(write_json, llava, tmp_path):
-    entries = [
-        llava("<image>\nWhat?", "A cat.", image="a/b.jpg", id=12, task="colour"),
-        llava("<image> and <image>", "Two.", "Sure?", "Yes.", image=["x.png", "y.png"]),
-        llava("Hello", "Hi."),
-        llava("Hello", "Hi.") | {"image": None},
-    ]
-    entries[2].pop("id")
-    records = read_llava(write_json(entries), tmp_path, "test")
-    assert records[0] == Record(
-        "12", "test", (tmp_path / "a/b.jpg",), (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat.")), "colour"
-    )
-    assert records[1].images == (tmp_path / "x.png", tmp_path / "y.png")
-    assert [turn.role for turn in records[1].turns] == ["user", "assistant"] * 2
-    assert records[2].images == records[3].images == ()
-    assert records[2].id == "2"  # the index, where the file has no id
-    assert records[2].task is None
+# --- images --------------------------------------------------------------------------------------------------------
 
 
-def test_json_lines_equal_json(write_json, llava):
-    entries = [llava("a", "b"), llava("c\u2028", "d")]
-    lines = "\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n\n"
-    assert read(write_json(lines, "data.jsonl")) == read(write_json(entries))
+def test_a_file_a_slice_and_memory(tmp_path):
+    (tmp_path / "file").write_bytes(b"0123456789")
+    assert content(ImageRef(tmp_path / "file")) == b"0123456789"
+    part = ImageRef(tmp_path / "file", 3, 4, name="inner.jpg")
+    assert content(part) == b"3456"
+    assert content(ImageRef(Path("nowhere"), data=b"bytes")) == b"bytes"
+    assert [ref.is_file for ref in (ImageRef(tmp_path), part, ImageRef(tmp_path, data=b""))] == [True, False, False]
+    assert str(part) == f"{tmp_path / 'file'}!inner.jpg"
+    assert str(ImageRef(tmp_path / "file")) == str(tmp_path / "file")
+    assert pickle.loads(pickle.dumps(part)) == part
 
 
-def test_system_turn(write_json, llava):
-    entry = llava("a", "b")
-    entry["conversations"].insert(0, {"from": "system", "value": "Be brief."})
-    assert read(write_json([entry]))[0].turns[0] == Turn("system", "Be brief.")
+def test_what_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"0123456789")
+    os.mkfifo(tmp_path / "pipe")
+    for ref, message in (
+        (ImageRef(tmp_path / "gone.png"), "gone.png: cannot be read: No such file"),
+        (ImageRef(tmp_path), "no regular file"),
+        (ImageRef(tmp_path / "pipe"), "pipe: no regular file"),
+        (ImageRef(tmp_path / "file", 8, 4, name="x.jpg"), "file!x.jpg: 2 of 4 bytes are there; the file was cut"),
+        (ImageRef(tmp_path / "a\0b"), "cannot be read: "),
+        (ImageRef(tmp_path / ("x" * 300)), "cannot be read: File name too long"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ref.open()
 
 
-def conversation(*turns):
-    return {"id": "a", "conversations": [{"from": role, "value": text} for role, text in turns]}
+def test_links_may_not_leave_the_root(tmp_path):
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    (outside / "deep").mkdir(parents=True)
+    root.mkdir()
+    (outside / "secret.png").write_bytes(b"secret")
+    (root / "own.png").write_bytes(b"own")
+    (root / "link.png").symlink_to(root / "own.png")
+    (root / "escape.png").symlink_to(outside / "secret.png")
+    (root / "folder").symlink_to(outside)
+    (tmp_path / "root_beside").mkdir()
+    (tmp_path / "root_beside" / "x.png").write_bytes(b"beside")
+    (root / "beside.png").symlink_to(tmp_path / "root_beside" / "x.png")
+    for name in ("own.png", "link.png"):
+        assert content(ImageRef(root / name, root=root)) == b"own"
+    for name in ("escape.png", "folder/secret.png", "beside.png", "folder/deep/../secret.png"):
+        with pytest.raises(DataError, match=r"a link leads to .*, outside of the image root .*'follow_links: true'"):
+            ImageRef(root / name, root=root).open()
+        assert content(ImageRef(root / name))  # without a root links may lead anywhere
 
 
-BROKEN = {
-    "no object": ([3], "JSON object is expected, found int"),
-    "no conversations": ([{"id": "a", "image": "x"}], "'conversations' is missing; found the keys id, image"),
-    "empty conversations": ([{"id": "a", "conversations": []}], "list of turns, found an empty list"),
-    "no value": ([{"id": "a", "conversations": [{"from": "human"}]}], "turn 0: an object with 'from'"),
-    "role": ([conversation(("bot", "x"))], "'from' is 'bot'; use one of human, gpt, system"),
-    "answer first": ([conversation(("gpt", "x"), ("human", "y"))], "turns are assistant, user"),
-    "no answer": ([conversation(("human", "x"))], "ending with assistant"),
-    "two questions": ([conversation(("human", "x"), ("human", "y"), ("gpt", "z"))], "turns are user, user, assistant"),
-    "late system": ([conversation(("human", "x"), ("system", "y"), ("gpt", "z"))], "turns are user, system, assistant"),
-    "empty answer": ([conversation(("human", "x"), ("gpt", " \n"))], "turn 1: the answer is empty"),
-    "more markers": (
-        [conversation(("human", "<image><image>"), ("gpt", "x")) | {"image": "a.jpg"}],
-        "2 <image> markers in the conversation, but 1 images",
-    ),
-    "fewer markers": (
-        [conversation(("human", "q"), ("gpt", "x")) | {"image": ["a.jpg", "b.jpg"]}],
-        "0 <image> markers in the conversation, but 2 images",
-    ),
-    "marker in answer": (
-        [conversation(("human", "q"), ("gpt", "<image>")) | {"image": "a"}],
-        "only a user shows images",
-    ),
-    "escape": ([conversation(("human", "<image>"), ("gpt", "x")) | {"image": "a/../../b"}], "stay below it"),
-    "backslash escape": ([conversation(("human", "<image>"), ("gpt", "x")) | {"image": "a\\..\\b"}], "stay below it"),
-    "absolute": ([conversation(("human", "<image>"), ("gpt", "x")) | {"image": "/etc/passwd"}], "stay below it"),
-    "image number": ([conversation(("human", "<image>"), ("gpt", "x")) | {"image": 3}], "'image' must be a path"),
-    "image empty": ([conversation(("human", "<image>"), ("gpt", "x")) | {"image": ""}], "found an empty string"),
-    "task": ([conversation(("human", "q"), ("gpt", "x")) | {"task": 3}], "'task' must be a string, found int"),
-    "surrogate": ([conversation(("human", "q"), ("gpt", "x\ud83d"))], "turn 1: the text holds half a surrogate pair"),
-    "id": ([conversation(("human", "q"), ("gpt", "x")) | {"id": []}], "'id' must be a string or an integer"),
-}
+def test_the_root_is_no_part_of_what_an_image_is(tmp_path):
+    assert ImageRef(tmp_path, root=tmp_path) == ImageRef(tmp_path)
+    assert len({ImageRef(tmp_path, root=tmp_path), ImageRef(tmp_path), ImageRef(tmp_path, 1, 2)}) == 2
 
 
-@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_malformed_record_is_named(write_json, llava, content, message):
-    path = write_json([llava("fine", "fine"), *content])
-    with pytest.raises(DataError) as caught:
-        read(path)
-    assert str(caught.value).startswith(f"{path}: record 1")
-    assert message in str(caught.value)
-    if isinstance(content[0], dict) and isinstance(content[0]["id"], str):
-        assert "(id 'a')" in str(caught.value)
+# --- what no record may hold ---------------------------------------------------------------------------------------
+
+
+def test_text_is_bounded(record, turns, monkeypatch):
+    monkeypatch.setattr(module, "MAX_TEXT_BYTES", 100)
+    check_record(record(turns("q" * 49, "é" * 25, "", "b")))
+    with pytest.raises(DataError, match="101 bytes of text; at most 100"):
+        check_record(record(turns("q" * 50, "é" * 25, "", "b")))
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "message"),
+    ("changed", "message"),
     [
-        ("{", "data.json", "not JSON"),
-        ('{"id": 1}\n{"id": 2}', "data.json", "need a name that ends in .jsonl"),
-        ({"id": 1}, "data.json", "a JSON list of records is expected, found an object"),
-        ('{}\n{"id"', "data.jsonl", "line 2: not JSON"),
-        ([], "data.json", "holds no records"),
+        ({"identity": "x" * 1001}, "'id' has 1001 characters; at most 1000"),
+        ({"identity": "\ud800"}, "'id': the text holds half a surrogate pair at character 0"),
+        ({"images": [Path("a"), Path("b")]}, "1 <image> markers in the conversation, but 2 images"),
     ],
 )
-def test_a_file_of_another_form(write_json, content, name, message):
-    path = write_json(content, name)
-    with pytest.raises(DataError, match=message) as caught:
-        read(path, max_malformed=1)
-    assert str(path) in str(caught.value)
+def test_a_record_is_checked(record, turns, changed, message):
+    arguments = {"turns": turns("<image>", "x"), "images": [Path("a")]}
+    check_record(record(**arguments))
+    with pytest.raises(DataError, match=message):
+        check_record(record(**arguments | changed))
 
 
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(DataError, match=r"nothing.json: cannot be read"):
-        read(tmp_path / "nothing.json")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xd8\xff\x00")
-    with pytest.raises(DataError, match=r"binary.json: not UTF-8"):
-        read(tmp_path / "binary.json")
+def test_many_turns_make_a_short_message(record):
+    with pytest.raises(DataError) as caught:
+        check_record(record([Turn("user", "q")] * 1000))
+    assert len(str(caught.value)) < 300
+    assert "and 988 more" in str(caught.value)
 
 
-def test_budget_of_malformed_records(write_json, llava, caplog):
-    path = write_json([llava("q", ""), llava("q", "a"), llava("q", " "), llava("q", "b")])
-    records = read(path, max_malformed=2)
-    assert [r.turns[1].text for r in records] == ["a", "b"]
-    assert [r.levelname for r in caplog.records] == ["WARNING"] * 2
-    assert "record 2 (id 'a')" in caplog.text
-    with pytest.raises(DataError, match="2 malformed records, 1 allowed"):
-        read(path, max_malformed=1)
+def test_text_bytes_are_those_of_utf8(record, turns):
+    assert text_bytes(record(turns("é", "語!", "", "b"))) == 2 + 4 + 0 + 1
+
+
+# --- image first ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["What?\n<image>", "<image>\nWhat?", "What?<image>", " <image> What? "])

@@ -173,7 +173,7 @@ def test_turns_that_a_template_cannot_express(turns, tokenizer, image_id):
 
 
 def test_unknown_template_lists_the_known_ones():
-    with pytest.raises(DataError, match="template 'vicuna' is unknown; use one of llama3, plain"):
+    with pytest.raises(DataError, match="template 'vicuna' is unknown; use one of llama3, plain, vicuna_v1, chat"):
         get_template("vicuna")
 
 

@@ -96,4 +96,4 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def records(data):
-    return load_records(load_recipe(data / "recipe.yaml"))
+    return load_records(load_recipe(data / "recipe.yaml")).read_all()

@@ -203,8 +203,8 @@ def test_a_bank_gives_every_record_its_tasks_plan(settings, model, tmp_path, cap
         assert own == [p.output for p in alone.predictions if p.task == task]
 
 
-def test_report_needs_an_evaluation(tmp_path):
-    with pytest.raises(ConfigError, match="evaluations"):
+def test_report_needs_something_to_report(tmp_path):
+    with pytest.raises(ConfigError, match="evaluations: nothing to report"):
         report.run(report.Config(output=str(tmp_path / "r.html")))
 
 

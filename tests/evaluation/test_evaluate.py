@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from skipvision_train.analysis import flops
 from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.data.images import load_image
-from skipvision_train.data.records import Record, Turn
+from skipvision_train.data.records import ImageRef, Record, Turn
 from skipvision_train.errors import DataError
 from skipvision_train.evaluation.evaluate import (
     blind_scores,
@@ -78,6 +78,15 @@ def test_fields_of_a_prediction(model, processor, records, data):
     assert {k: v for k, v in prediction.tokens.items() if k != "text"} == {k: 2 * v for k, v in kinds.items()}
 
 
+def test_images_that_are_no_files_have_no_names(model, processor, records):
+    content = records[0].images[0].path.read_bytes()
+    stored = replace(records[0], images=(ImageRef(Path("row 0"), data=content),))
+    first, second = predict(model, processor, [records[0], stored], 1, 4)
+    assert first.output == second.output
+    assert (first.images, second.images) == ((str(records[0].images[0]),), ())
+    assert first.tiles == second.tiles
+
+
 def test_records_without_a_task_are_grouped_by_source(model, processor, records):
     (prediction,) = predict(model, processor, [replace(records[-1], task=None)], 1, 1)
     assert prediction.task == "tiny"
@@ -121,7 +130,7 @@ def test_derangement_follows_the_seed(records):
 
 
 def test_a_single_image_cannot_be_shuffled():
-    same = [Record(str(i), "s", (Path("a.png"),), (), "colour") for i in range(3)]
+    same = [Record(str(i), "s", (ImageRef(Path("a.png")),), (), "colour") for i in range(3)]
     with pytest.raises(DataError, match="colour"):
         derange(same, 0)
 

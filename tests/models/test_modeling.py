@@ -195,9 +195,11 @@ def test_placeholders_and_images_must_agree(model):
     inputs = batch(model, [row(model, 5, "i", 6)])
     short = {k: v[:, :-2] if k != "pixel_values" else v for k, v in inputs.items()}
     with pytest.raises(
-        ValueError, match=rf"{n - 1} image placeholders, but 1 images of 1 tiles give {n} visual tokens"
+        ValueError, match=rf"input_ids hold {n - 1} placeholders; an image has {n}"
     ):
         model(**short)
+    with pytest.raises(ValueError, match=rf"{n} image placeholders, but 2 images of 2 tiles give {2 * n} visual tokens"):
+        model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(ValueError, match=f"{n} image placeholders but pixel_values is missing"):
         model(input_ids=inputs["input_ids"])
 
@@ -366,3 +368,11 @@ def test_config_json_holds_what_it_says(model, tmp_path):
     assert stored["model_type"] == "skipvision"
     resampler = {"windows": [8, 4, 2], "queries": [2, 4, 16], "head_dim": 16, "init_std": 0.02}
     assert stored["connector"] == {"type": "resampler", **resampler}
+
+
+@pytest.mark.parametrize("plan", [dense(), skip_ffn()], ids=lambda p: p.name)
+def test_training_keeps_no_cache(model, plan):
+    model.set_plan(plan)
+    inputs = batch(model, [row(model, 5, "i", 6, 7)])
+    assert model.train()(**inputs, labels=inputs["input_ids"]).past_key_values is None
+    assert model(**inputs, labels=inputs["input_ids"], use_cache=True).past_key_values is not None

@@ -161,6 +161,22 @@ def test_80_tokens_to_every_geometry_weight_by_weight(grid, windows, queries, so
         assert found["queries"].equal(expected["queries"][rows])
 
 
+@pytest.mark.parametrize(
+    ("old", "sources"),
+    [
+        (ResamplerConfig(windows=(8, 4, 2), queries=(4, 16, 64), head_dim=4), [0, 1, 2]),  # each from its own
+        (ResamplerConfig(windows=(8, 4), queries=(4, 16), head_dim=4), [0, 1, 1]),  # the coarsest from the coarsest
+    ],
+)
+def test_levels_with_equal_windows_keep_their_order(old, sources):
+    new = ResamplerConfig(windows=(8, 4, 2), queries=(16, 64, 256), head_dim=4)
+    state = pretrained(old, 8).state_dict()
+    scaled = scale_resampler(state, old, 8, new, 16)
+    for level, source in enumerate(sources):
+        name = "blocks.0.attention.out.weight"
+        assert scaled[f"levels.{level}.{name}"].equal(state[f"levels.{source}.{name}"])
+
+
 def test_a_third_stage_scales_the_second():
     new = ResamplerConfig(windows=(64, 8, 4, 2), queries=(16, 256, 1024, 4096), head_dim=4)
     state = pretrained(LARGE, 32).state_dict()

@@ -191,7 +191,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, form):
             return Path.touch, (marker,)
 
     if form == "plain pickle":
-        file.write_bytes(pickle.dumps({"w": Payload()}))
+        file.write_bytes(pickle.dumps({"w": Payload()}, protocol=2))
     else:
         torch.save({"w": Payload()}, file, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(
