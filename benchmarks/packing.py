@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import BatchSampler
 
 from skipvision_train.data.lengths import QUANTILE
+from skipvision_train.data.order import OrderRule
 from skipvision_train.data.packing import Bins, pack, rows_of
 from skipvision_train.training.batching import EpochSampler, Grouping
 
@@ -47,12 +48,12 @@ def padding(lengths: NDArray[np.int64], grouping: Grouping | None) -> float:
     """The share of places that are padding in micro batches of an epoch without packing."""
     order = np.fromiter(EpochSampler(len(lengths), GLOBAL_BATCH, 0, None, grouping), np.int64)
     batches = lengths[order].reshape(-1, MICRO_BATCH)
-    return float(1 - batches.sum() / (batches.max(1) * MICRO_BATCH).sum())
+    return round(float(1 - batches.sum() / (batches.max(1) * MICRO_BATCH).sum()), 4)
 
 
 def steps_hash(bins: Bins, ranks: int) -> str:
     """Stands for the records of every step of an epoch, put together from what each rank reads."""
-    sampler = EpochSampler(len(bins), GLOBAL_BATCH, 0, bins.rule(EpochSampler(1, 1, 0).rule))
+    sampler = EpochSampler(len(bins), GLOBAL_BATCH, 0, bins.rule(OrderRule()))
     each = GLOBAL_BATCH // ranks
     shares = [BatchSamplerShard(BatchSampler(sampler, each, False), ranks, rank) for rank in range(ranks)]
     digest = hashlib.sha256()
@@ -71,7 +72,8 @@ def estimated(
     rate = np.quantile((lengths - seen) / np.maximum(1, text), QUANTILE)
     bins = pack(np.clip(np.ceil(text * rate) + seen, 1, lengths.max()).astype(np.int64), capacity)
     rows = sum(len(rows_of([int(n) for n in lengths[bins[i]]], capacity)) for i in range(len(bins)))
-    return {"full": float(lengths.sum() / (rows * capacity)), "split": (rows - len(bins)) / len(bins)}
+    full = float(lengths.sum() / (rows * capacity))
+    return {"full": round(full, 4), "split": round((rows - len(bins)) / len(bins), 4)}
 
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -94,12 +96,12 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "spread": spread,
                     "pack_length": capacity,
                     "records": args.records,
-                    "mean_tokens": float(lengths.mean()),
+                    "mean_tokens": round(float(lengths.mean()), 1),
                     "rows": len(bins),
-                    "full": bins.efficiency,
+                    "full": round(bins.efficiency, 4),
                     "estimated": estimated(lengths, has_image, visual, capacity, args.noise),
                     "same_on_1_2_8_ranks": len(hashes) == 1,
-                    "seconds": seconds,
+                    "seconds": round(seconds, 1),
                     **alone,
                 }
 

@@ -126,7 +126,7 @@ def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
         before = flatten(yaml.safe_load(recorded.read_text()))
         defaults = flatten(dataclasses.asdict(TrainConfig()))
         missing = {
-            k: v for k, v in defaults.items() if not any(name == k or name.startswith(f"{k}.") for name in before)
+            key: value for key, value in defaults.items() if not any(f"{n}.".startswith(f"{key}.") for n in before)
         }
         check_same_run(missing | before, dataclasses.asdict(cfg), run)
     if is_finished(run):

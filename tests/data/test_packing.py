@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -168,3 +169,19 @@ def test_rows_by_true_lengths(lengths):
 def test_a_sample_longer_than_a_row():
     with pytest.raises(DataError, match=r"a sample of 31 tokens does not fit a row of data\.pack_length 30"):
         rows_of([3, 31], CAPACITY)
+
+
+def test_the_benchmark(pytestconfig, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+    import packing as benchmark
+
+    benchmark.main(["--records", "2000", "--visual", "258", "--spread", "0.8", "--pack-length", "2048"])
+    *table, last = capsys.readouterr().out.splitlines()
+    (case,) = json.loads(last)
+    assert len(table) == 3
+    lengths, has_image = benchmark.lengths_like_mix665k(2000, 258, 0.8, 2048, 0)
+    assert (~has_image).sum() == 122  # 6.1 %
+    assert case["full"] == round(lengths.sum() / (case["rows"] * 2048), 4)
+    assert case["same_on_1_2_8_ranks"]
+    assert case["padding_modality"] < case["padding_length"] < case["padding"]
+    assert 0.8 < case["estimated"]["full"] < case["full"]

@@ -194,11 +194,9 @@ def test_placeholders_and_images_must_agree(model):
     n = len(model.config.image_token_kinds())
     inputs = batch(model, [row(model, 5, "i", 6)])
     short = {k: v[:, :-2] if k != "pixel_values" else v for k, v in inputs.items()}
-    with pytest.raises(
-        ValueError, match=rf"input_ids hold {n - 1} placeholders; an image has {n}"
-    ):
+    with pytest.raises(ValueError, match=rf"input_ids hold {n - 1} placeholders; an image has {n}"):
         model(**short)
-    with pytest.raises(ValueError, match=rf"{n} image placeholders, but 2 images of 2 tiles give {2 * n} visual tokens"):
+    with pytest.raises(ValueError, match=rf"{n} image placeholders, but 2 images of 2 tiles give {2 * n}"):
         model(**inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(ValueError, match=f"{n} image placeholders but pixel_values is missing"):
         model(input_ids=inputs["input_ids"])
