@@ -123,7 +123,7 @@ def training_flops(run: Path) -> float:
     cfg = read_config(run)
     tokenizer = load_tokenizer(cfg)
     config = model_config(cfg, tokenizer)
-    dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
+    _, dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
     kinds: Counter[int] = Counter()
     number = min(len(dataset), COUNTED_SAMPLES)
     for i in range(number):

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -91,7 +92,14 @@ class _Lengths(Dataset[int]):
 
 
 def _measure(dataset: RecordDataset, chosen: NDArray[np.int64], workers: int) -> NDArray[np.int32]:
-    loader = DataLoader(_Lengths(dataset, chosen), batch_size=256, num_workers=workers, collate_fn=list)
+    # A loader draws a seed; drawn from the global generator it would change the weights that are drawn next.
+    loader = DataLoader(
+        _Lengths(dataset, chosen),
+        batch_size=256,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
     return np.fromiter((length for batch in loader for length in batch), dtype=np.int32, count=len(chosen))
 
 

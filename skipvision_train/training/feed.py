@@ -96,7 +96,7 @@ def _lengths(cfg: TrainConfig, records: Mixture, dataset: RecordDataset, run: Pa
         return estimated_lengths(dataset, records.sizes, records.image_counts, workers)
     processor = dataset.processor
     depends_on = (
-        records.manifest()["hash"],
+        records.hash,
         processor.to_json_string(),
         processor.tokenizer.backend_tokenizer.to_str(),
         dataset.template,

@@ -24,9 +24,11 @@ from skipvision_train.config.resolve import (
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.config.validate import check_sources, validate
 from skipvision_train.data.dataset import RecordDataset
+from skipvision_train.data.mixture import Mixture
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.errors import ConfigError, DataError, SkipVisionError
+from skipvision_train.evaluation.results import write_json
 from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
@@ -45,6 +47,7 @@ from skipvision_train.training.checkpoints import (
     is_finished,
     newest_complete,
 )
+from skipvision_train.training.feed import open_feed
 from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.stages import apply_rates
 from skipvision_train.training.trainer import StageParts, StageTrainer, engine_name, start_wandb
@@ -78,13 +81,15 @@ def run_stage(cfg: TrainConfig, callbacks: tuple[TrainerCallback, ...] = ()) -> 
         record_configuration(cfg, run)
     set_seed(cfg.trainer.seed)
     parts = assemble(cfg)
-    arithmetic = BatchArithmetic.of(cfg.trainer, len(parts.dataset), processes)  # type: ignore[arg-type]
+    if os.environ.get("RANK", "0") == "0":
+        write_json(run / "data.json", parts.records.manifest())
+    arithmetic = BatchArithmetic.of(cfg.trainer, parts.feed.rows, processes, parts.feed.unit)
     log.info("%s", arithmetic.line())
     start_wandb(cfg)
     trainer = StageTrainer(cfg, parts, arithmetic, callbacks)
     log.info("start from %s", resume or "step 0")
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        parts.feed.watched.guard(lambda: trainer.train(resume_from_checkpoint=resume))
     except DataError as error:
         # From a worker process the message arrives with the worker's traceback in front of it.
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
@@ -165,7 +170,8 @@ def assemble(cfg: TrainConfig) -> StageParts:
         raise ConfigError("model.tokenizer: null, and neither model.llm nor stage.start_from gives one")
     config = model_config(cfg, tokenizer)
     processor = SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template)
-    dataset = open_dataset(cfg, processor)
+    records, dataset = open_dataset(cfg, processor)
+    feed = open_feed(cfg, records, dataset, Path(cfg.trainer.output_dir))
     model = open_model(cfg, config)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = processor.end_id  # answers end where the template ends them
@@ -175,8 +181,8 @@ def assemble(cfg: TrainConfig) -> StageParts:
             # The name of transformers 5.17, which later 5.x only deprecate.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    collator = TrainCollator(processor.pad_id, elastic_queries(cfg, config))
-    return StageParts(model, processor, dataset, collator)
+    collator = TrainCollator(processor.pad_id, elastic_queries(cfg, config), feed.pack_length)
+    return StageParts(model, processor, records, feed, collator)
 
 
 def elastic_queries(cfg: TrainConfig, config: SkipVisionConfig) -> ElasticQueries | None:
@@ -187,11 +193,11 @@ def elastic_queries(cfg: TrainConfig, config: SkipVisionConfig) -> ElasticQuerie
     return ElasticQueries(config.image_token_id, connector.queries, cfg.trainer.seed)
 
 
-def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> RecordDataset:
-    """The stage's data."""
-    records = load_records(load_recipe(cfg.data.recipe, cfg.data.root))
-    return RecordDataset(
-        records, processor, cfg.stage.template, cfg.data.max_length, cfg.data.on_error, cfg.data.error_budget
+def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> tuple[Mixture, RecordDataset]:
+    """The recipe's records, and the data set that encodes them."""
+    records, data = load_records(load_recipe(cfg.data.recipe, cfg.data.root)), cfg.data
+    return records, RecordDataset(
+        records, processor, cfg.stage.template, data.max_length, data.on_error, data.error_budget
     )
 
 
@@ -223,7 +229,9 @@ def describe_stage(cfg: TrainConfig) -> str:
     model = meta_model(config)
     parts = apply_rates(model, cfg.stage.lr)
     samples, sample = first_sample(cfg, config, tokenizer)
-    arithmetic = BatchArithmetic.of(cfg.trainer, samples, processes)
+    # How many rows packing makes is known when the lengths are.
+    rows, unit = (None, "rows") if cfg.data.pack else (samples, "samples")
+    arithmetic = BatchArithmetic.of(cfg.trainer, rows, processes, unit)
     schedule = PlanSchedule.of(cfg, config.text_config.num_hidden_layers)
     return dryrun.report(cfg, config, schedule, model, parts, arithmetic, sample)
 
@@ -235,7 +243,7 @@ def first_sample(
     if tokenizer is None:
         return None, ["none: no tokenizer (model.tokenizer, model.llm or stage.start_from)"]
     try:
-        dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
+        _, dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
         example = dataset[0]
     except SkipVisionError as error:
         return None, [f"none: {error}"]

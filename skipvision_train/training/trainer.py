@@ -18,9 +18,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 
 from skipvision_train.config.specs import StageSpec, TrainConfig
+from skipvision_train.data.mixture import Mixture
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.plans.layout import IGNORE_INDEX
-from skipvision_train.training.batching import BatchArithmetic, EpochSampler
+from skipvision_train.training.batching import BatchArithmetic, EpochStart, count_tokens
 from skipvision_train.training.callbacks import MetricsFile, ScheduledPlan
 from skipvision_train.training.checkpoints import (
     FINISHED,
@@ -33,6 +33,7 @@ from skipvision_train.training.checkpoints import (
     writing,
 )
 from skipvision_train.training.deepspeed_config import render
+from skipvision_train.training.feed import Feed
 from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.stages import parameter_groups
 
@@ -46,13 +47,15 @@ class StageParts:
     Attributes:
         model: with ``requires_grad`` set.
         processor: stored with every checkpoint, so that each one is a model directory.
-        dataset: map-style, of encoded examples.
+        records: what the recipe gives.
+        feed: what is read of them, and in which order.
         collator: list of examples -> batch.
     """
 
     model: SkipVisionForConditionalGeneration
     processor: ProcessorMixin
-    dataset: Dataset[Any]
+    records: Mixture
+    feed: Feed
     collator: Callable[[list[Any]], dict[str, Tensor]]
 
 
@@ -126,18 +129,23 @@ class StageTrainer(Trainer):
         callbacks: tuple[TrainerCallback, ...] = (),
     ) -> None:
         self.cfg, self.parts, self.arithmetic = cfg, parts, arithmetic
-        self.sampler = EpochSampler(len(parts.dataset), arithmetic.global_batch, cfg.trainer.seed)  # type: ignore[arg-type]
+        self.sampler = parts.feed.sampler(arithmetic.global_batch, cfg.trainer.seed)
         self.schedule = PlanSchedule.of(cfg, parts.model.plan.num_layers)
         self.run_dir = Path(cfg.trainer.output_dir)
         self._rates: dict[str, float] = {}
-        self._tokens = torch.zeros((), dtype=torch.long)
+        self._tokens = torch.zeros(3, dtype=torch.long)
         self._last_log: tuple[int, float] | None = None
         super().__init__(
             model=parts.model,
             args=training_arguments(cfg, arithmetic),
             data_collator=parts.collator,
-            train_dataset=parts.dataset,
-            callbacks=[MetricsFile(self.run_dir / METRICS), ScheduledPlan(parts.model, self.schedule), *callbacks],
+            train_dataset=parts.feed.dataset,
+            callbacks=[
+                MetricsFile(self.run_dir / METRICS),
+                ScheduledPlan(parts.model, self.schedule),
+                EpochStart(self.sampler),
+                *callbacks,
+            ],
         )
 
     @property
@@ -163,10 +171,9 @@ class StageTrainer(Trainer):
         The label of the first position is predicted by nothing and does not count.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        own = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
-        total = self.accelerator.gather(torch.tensor([own], device=device)).sum()
+        total = self.accelerator.gather(count_tokens(batches).to(device)[None]).sum(0)
         self._tokens = self._tokens.to(device) + total
-        return batches, total.clamp_min(1)
+        return batches, total[0].clamp_min(1)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -185,10 +192,11 @@ class StageTrainer(Trainer):
             logs |= {f"lr/{part}": rate for part, rate in self._rates.items()}
             if self.schedule.layers:
                 logs["skip/layers"] = self.schedule.skipped(self.state.global_step - 1, self.state.max_steps)
-            logs["supervised_tokens"] = int(self._tokens)
+            supervised, real, places = self._tokens.tolist()
+            logs |= {"supervised_tokens": supervised, "padding": round(1 - real / max(1, places), 4)}
             if now > before:
                 samples = (self.state.global_step - step) * self.arithmetic.global_batch
-                logs["samples_per_second"] = round(samples / (now - before), 3)
+                logs[f"{self.arithmetic.unit}_per_second"] = round(samples / (now - before), 3)
             self._tokens = torch.zeros_like(self._tokens)
             self._last_log = (self.state.global_step, now)
         super().log(logs, start_time)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from skipvision_train.data.dataset import RecordDataset
@@ -58,6 +59,12 @@ def test_workers_change_nothing(records, processor):
     dataset = RecordDataset(records * 200, processor)
     once = measured_lengths(RecordDataset(records, processor))
     assert np.array_equal(measured_lengths(dataset, workers=2), np.tile(once, 200))
+
+
+def test_measuring_draws_no_random_number(records, processor):
+    before = torch.get_rng_state()
+    measured_lengths(RecordDataset(records, processor))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_max_length_cuts_before_measuring(records, processor):

@@ -74,7 +74,7 @@ def test_loss_is_per_supervised_token_of_the_global_batch(make_cfg):
     parts.model.train()
     total, tokens = 0.0, 0
     for index in list(EpochSampler(12, 4, cfg.trainer.seed))[:4]:
-        batch = parts.collator([parts.dataset[index]])
+        batch = parts.collator([parts.feed.dataset[index]])
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad():
             logits = parts.model(**batch).logits[0, :-1]
@@ -248,7 +248,7 @@ def test_full_disk_at_the_very_end(make_cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(StageTrainer, "save_model", limited)
     with pytest.raises(CheckpointError, match=r"run/model\.partial: cannot be written"):
         run_stage(cfg)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "data.json", "metrics.jsonl"}
 
 
 def test_bf16(make_cfg):
@@ -332,3 +332,18 @@ def test_wandb_offline_keeps_the_run_on_disk(make_cfg, monkeypatch):
     content = log.read_bytes()
     assert b"train/loss" in content
     assert b"train/lr/connector" in content
+
+
+def test_a_packed_run_learns_from_every_record_once(make_cfg, tmp_path):
+    """An epoch in packed rows has the supervised tokens of an epoch without, in fewer rows, with less padding."""
+    rows = {}
+    for name, changes in (("plain", ()), ("packed", ("data.pack=true", "data.pack_length=400"))):
+        output = f"trainer.output_dir={tmp_path / name}"
+        run_stage(make_cfg("trainer.max_steps=null", "trainer.epochs=1", "trainer.global_batch=2", output, *changes))
+        rows[name] = read_metrics(tmp_path / name / "metrics.jsonl")
+    supervised = {name: sum(row["supervised_tokens"] for row in lines) for name, lines in rows.items()}
+    assert supervised["packed"] >= supervised["plain"]  # the last step is filled up from the beginning
+    assert len(rows["packed"]) < len(rows["plain"]) / 2
+    assert all(0 <= row["padding"] < 1 for lines in rows.values() for row in lines)
+    manifest = json.loads((tmp_path / "packed" / "data.json").read_text())
+    assert manifest["records"] == 12
