@@ -35,7 +35,7 @@ from skipvision_train.calibration.curves import Curve
 from skipvision_train.calibration.scores import STRATEGIES, ScoreTable, strategy_named
 from skipvision_train.calibration.search import select_layers
 from skipvision_train.errors import DataError
-from skipvision_train.evaluation.results import read_json
+from skipvision_train.files import read_json
 
 PARTS = {"vig": "attention", "vig_ffn": "FFN", "vig_block": "attention and FFN"}
 """Strategies of one criterion that differ in what they switch off."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skipvision_train.errors import PlanError
-from skipvision_train.evaluation.results import write_json
+from skipvision_train.files import write_json
 from skipvision_train.plans.plan import SkipPlan
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class BankFacts:
     """How the plans of a bank were found.
 
     Attributes:
-        model_hash: of the calibrated model (``subject.model_hash``).
+        model_hash: of the calibrated model (``models.identity.model_hash``).
         base_plan: name of the plan that the calibrated ones extend.
         strategy: how layers were scored.
         bypass: what replaces skipped attention.

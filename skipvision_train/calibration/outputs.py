@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from skipvision_train.analysis.calibration_figures import seed_bands, skip_map, transfer_matrix, vig_by_task
@@ -19,7 +20,7 @@ from skipvision_train.calibration.bank import BankFacts, PlanBank
 from skipvision_train.calibration.scores import STRATEGIES, ScoreTable
 from skipvision_train.calibration.session import UNIVERSAL, Found, Session
 from skipvision_train.evaluation.loading import package_versions
-from skipvision_train.evaluation.results import write_json
+from skipvision_train.files import write_json
 from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
 
@@ -88,14 +89,15 @@ def write(session: Session, found: Found) -> None:
 
 
 def seeds(session: Session, table: ScoreTable) -> dict[str, Any]:
-    """Per draw its scores and the layers that they choose, as the report reads them."""
+    """Per draw its scores and the layers that they choose, as the report reads them, and how far the draws agree."""
     column = {name: i for i, name in enumerate(table.samples)}
-    tables = [table.values[:, [column[name] for name in drawn]].mean(-1) for drawn in session.drawn]
-    if session.cfg.strategy.search == "top":
-        layers = [search.count_for(scores, session.cfg.budget.layers()) for scores in tables]
-    else:
-        layers = [()] * len(tables)
-    return {"scores": [scores.tolist() for scores in tables], "layers": [list(own) for own in layers]}
+    scores = torch.stack([table.values[:, [column[name] for name in drawn]].mean(-1) for drawn in session.drawn])
+    if session.cfg.strategy.search != "top":  # a search does not choose by these scores alone
+        return {"scores": scores.tolist(), "layers": [[] for _ in scores]}
+    layers = [list(search.count_for(own, session.cfg.budget.layers())) for own in scores]
+    found = search.stability(scores, layers)
+    spread = {"variance": found.variance.tolist(), "overlap": found.mean_overlap}
+    return {"scores": scores.tolist(), "layers": layers, **spread}
 
 
 def write_bank(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> None:
@@ -172,6 +174,9 @@ def report(session: Session, found: Found) -> str:
         f"the whole plan moves the output by {cost.value:.3e} nats ({cost.low:.2e} to {cost.high:.2e}), on the "
         f"{samples} samples that chose it"
     )
+    drawn = seeds(session, table) if session.cfg.draws > 1 else {}
+    if "overlap" in drawn:
+        lines.append(f"{session.cfg.draws} draws: their layers overlap by {drawn['overlap']:.2f} (mean Jaccard index)")
     for task in sorted(set(found.plans) - {UNIVERSAL}):
         lines.append(f"{task}: layers {', '.join(map(str, chosen_layers(session, found.plans[task])))}")
     return "\n".join(lines)

@@ -141,23 +141,18 @@ class Stability:
         return sum(pairs) / len(pairs) if pairs else 1.0
 
 
-def stability(tables: Sequence[ScoreTable], n: int) -> Stability:
+def stability(scores: Tensor, layers: Sequence[Sequence[int]]) -> Stability:
     """Compare calibrations of one model that differ in the seed (V-Skip, Sec. 4.5.4).
 
     Args:
-        tables: one per seed, of one strategy and bypass.
-        n: how many layers each of them chooses.
-
-    Raises:
-        ConfigError: no tables, or tables of different models or strategies; as :func:`select_layers`.
+        scores: (seeds, layers) float, the mean over each seed's samples.
+        layers: the layers that each seed's scores choose.
     """
-    _check_alike(tables)
-    means = torch.stack([table.mean() for table in tables])
-    sets = [set(select_layers(mean, n)) for mean in means]
-    chosen = torch.tensor([[float(i in own) for i in range(means.shape[1])] for own in sets], dtype=torch.float64)
+    sets = [set(own) for own in layers]
+    chosen = torch.tensor([[float(i in own) for i in range(scores.shape[1])] for own in sets], dtype=torch.float64)
     overlap = [[len(a & b) / len(a | b) if a | b else 1.0 for b in sets] for a in sets]
-    variance = means.var(0) if len(means) > 1 else torch.zeros_like(means[0])
-    return Stability(means.mean(0), variance, chosen.mean(0), torch.tensor(overlap, dtype=torch.float64))
+    variance = scores.var(0) if len(scores) > 1 else torch.zeros_like(scores[0])
+    return Stability(scores.mean(0), variance, chosen.mean(0), torch.tensor(overlap, dtype=torch.float64))
 
 
 def universal(tables: ScoreTable | Sequence[ScoreTable], how: str = "pooled") -> Tensor:

@@ -34,11 +34,12 @@ from skipvision_train.calibration.scores import (
     plan_divergences,
     random_ranks,
 )
-from skipvision_train.calibration.subject import load_subject, model_hash
+from skipvision_train.calibration.subject import load_subject
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.data.records import Record
 from skipvision_train.errors import ConfigError
-from skipvision_train.evaluation.results import write_json
+from skipvision_train.files import write_json
+from skipvision_train.models.identity import model_hash
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.methods import dense

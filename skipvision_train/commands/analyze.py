@@ -82,7 +82,7 @@ def run(cfg: Config) -> None:
     """Check, load, draw, measure part by part; write ``analysis.json`` and pictures, print the tables."""
     check(cfg)
     from skipvision_train.analysis.figures import to_png
-    from skipvision_train.evaluation.results import write_json
+    from skipvision_train.files import write_json
 
     analysis, facts = analyse(cfg)
     output = Path(cfg.output)
@@ -126,8 +126,9 @@ def analyse(cfg: Config) -> tuple[Analysis, dict[str, Any]]:
     """The parts that are asked for, and what they were measured on."""
     from skipvision_train.analysis.geometry import text_config
     from skipvision_train.analysis.paper_report import Analysis
-    from skipvision_train.calibration.subject import load_subject, model_hash
+    from skipvision_train.calibration.subject import load_subject
     from skipvision_train.evaluation.loading import package_versions
+    from skipvision_train.models.identity import model_hash
     from skipvision_train.plans.families import find_decoder
 
     analysis, facts = Analysis(), {"checkpoint": cfg.checkpoint, "seed": cfg.seed, "versions": package_versions()}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skipvision_train.errors import ConfigError, SkipVisionError
+from skipvision_train.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,10 @@ def run(cfg: Config) -> None:
         else:
             fresh = True
             finished = _run_stage(stage, command, text)
-            marker.write_text(json.dumps(finished.__dict__, indent=2) + "\n")
+            write_json(marker, finished.__dict__)
         results.append(finished)
     summary = summarise(output, results)
-    temporary = output / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(output / "summary.json")
+    write_json(output / "summary.json", summary)
     _say(summary_table(summary))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipvision_train.errors import ConfigError
+from skipvision_train.files import write_text
 
 if TYPE_CHECKING:
     from skipvision_train.evaluation.results import EvaluationResult
@@ -60,10 +61,7 @@ def run(cfg: Config) -> None:
     root = Path(cfg.data_root or ".")
     html = render_report(inputs, lambda path: load_image(root / path, "of the report"))
     output = Path(cfg.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(output)
+    write_text(output, html)
     log.info("wrote %s (%.1f MB)", output, output.stat().st_size / 1e6)
 
 

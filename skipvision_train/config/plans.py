@@ -146,7 +146,7 @@ def load_bank(spec: PlanSpec, model_hash: str | None = None) -> PlanBank:
 
     Args:
         spec: of the method ``bank``.
-        model_hash: of the model it is for (``calibration.subject.model_hash``); None does not check.
+        model_hash: of the model it is for (``models.identity.model_hash``); None does not check.
 
     Raises:
         ConfigError: no path.

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from skipvision_train.config.plans import PlanSpec, build_plan
+from skipvision_train.config.plans import PlanSpec, build_plan, load_bank
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.models.identity import model_hash
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +30,7 @@ def load_for_inference(
         CheckpointError: the directory is no complete model.
         ConfigError: an unknown precision, or a device this machine does not have.
         ConfigError: a plan that does not fit the model, or a plan file that is none.
+        PlanError: a plan bank of another model.
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
@@ -39,6 +41,8 @@ def load_for_inference(
         model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint: {checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if plan is not None and plan.method == "bank":
+        load_bank(plan, model_hash(model))
     own = model.config.plan_or_dense()
     model.set_plan(build_plan(plan or PlanSpec("own"), own.num_layers, own=own))
     return model.to(choose_device(device)).eval(), SkipVisionProcessor.from_pretrained(checkpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from skipvision_train.errors import DataError, PlanError
 from skipvision_train.evaluation.metrics import Accuracy, accuracy, mean_accuracy
+from skipvision_train.files import read_json, write_json
 from skipvision_train.plans.plan import SkipPlan
 
 FORMAT_VERSION = 2
@@ -222,26 +222,3 @@ class EvaluationResult:
             return cls.from_dict(data)
         except (KeyError, TypeError, PlanError) as error:
             raise DataError(f"{path}: not an evaluation: {type(error).__name__}: {error}") from error
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Write indented JSON under a temporary name, then rename: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: the file is missing or no JSON; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error

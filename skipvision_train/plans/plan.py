@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skipvision_train.errors import PlanError
+from skipvision_train.files import write_json
 from skipvision_train.plans.rules import DENSE_RULE, EVICTION_TIMES, Drop, Kinds, LayerRule, TokenKind, as_kinds
 
 FORMAT_VERSION = 2
@@ -234,11 +235,7 @@ class SkipPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form; a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> SkipPlan:

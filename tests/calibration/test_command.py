@@ -18,10 +18,11 @@ from skipvision_train.calibration import session
 from skipvision_train.calibration.bank import PlanBank
 from skipvision_train.calibration.samples import prompt_samples, read_jsonl
 from skipvision_train.calibration.scores import ScoreTable
-from skipvision_train.calibration.subject import load_subject, model_hash
+from skipvision_train.calibration.subject import load_subject
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.cli import run_command
 from skipvision_train.errors import PlanError
+from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import SkipPlan
 
 
@@ -257,6 +258,8 @@ def test_joint_search_meets_its_flops_budget(workspace, tmp_path, capsys):
         (["universal=a"], "universal: a is the universal plan of a bank"),
         (["bank=true", "strategy.search=greedy"], "bank: strategy.search=greedy finds one plan for all tasks"),
         (["prompts=/none.jsonl"], "prompts: /none.jsonl: cannot be read: No such file"),
+        (["source=llava_665k"], "recipe: give either recipe=... or prompts=..."),
+        (["source=photos"], "source: no configuration named 'photos'"),
         (["subject=llava"], "subject: no configuration named 'llava'"),
         (["subject=llava_1_5_7b"], "budget.count: 19; the model has 3 layers"),
     ],

@@ -7,8 +7,9 @@ from tiny_vlms import make_family
 from torch import nn
 
 from skipvision_train.calibration.samples import prompt_samples
-from skipvision_train.calibration.subject import load_subject, model_hash
+from skipvision_train.calibration.subject import load_subject
 from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import vskip
 
 

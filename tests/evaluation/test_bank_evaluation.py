@@ -9,10 +9,10 @@ from statistics import fmean
 import pytest
 
 from skipvision_train.calibration.bank import BankFacts, PlanBank
-from skipvision_train.calibration.subject import model_hash
 from skipvision_train.cli import run_command
 from skipvision_train.evaluation.evaluate import file_images, grey_images, predict, sample_cost
 from skipvision_train.evaluation.results import EvaluationResult
+from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import compose, dense, ffn_skip, skip_ffn, vskip
 
 TASKS = ("colour", "count", "pair")
@@ -110,3 +110,11 @@ def test_mistakes_are_one_line(given, bank, tmp_path, overrides, message, capsys
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message.format(file=tmp_path / "file") in error
+
+
+def test_generate_refuses_a_bank_of_another_model(given, bank, capsys):
+    PlanBank.create(bank.path, bank.plans, bank.universal, replace(bank.facts, model_hash="0" * 64))
+    (checkpoint,) = [value for value in given if value.startswith("checkpoint=")]
+    with pytest.raises(SystemExit):
+        run_command("generate", [checkpoint, "prompt=Hello", "plan=bank", f"plan.path={bank.path}"])
+    assert "a bank of another model: its hash is 000000000000" in capsys.readouterr().err

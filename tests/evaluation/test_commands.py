@@ -7,7 +7,6 @@ import re
 import pytest
 
 from skipvision_train.calibration.bank import PlanBank
-from skipvision_train.calibration.subject import model_hash
 from skipvision_train.cli import run_command
 from skipvision_train.commands import calibrate, evaluate, generate, report
 from skipvision_train.config.calibration import BudgetSpec, StrategySpec
@@ -15,6 +14,7 @@ from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.evaluation.evaluate import predict
 from skipvision_train.evaluation.results import EvaluationResult
+from skipvision_train.models.identity import model_hash
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans import VISUAL, SkipPlan, TokenKind, skip_ffn, vskip
 
