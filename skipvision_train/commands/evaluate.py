@@ -123,9 +123,9 @@ def plan_groups(
     Raises:
         PlanError: a bank of another model.
     """
-    from skipvision_train.calibration.subject import model_hash
     from skipvision_train.config.plans import load_bank
     from skipvision_train.evaluation.evaluate import task_of
+    from skipvision_train.models.identity import model_hash
 
     if spec.method != "bank":
         return model.plan, [(model.plan, list(range(len(records))))]
