@@ -33,10 +33,10 @@ from skipvision_train.calibration.session import mean_kinds
 from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.data.records import Record
 from skipvision_train.evaluation.evaluate import predict
-from skipvision_train.evaluation.loading import load_for_inference
 from skipvision_train.evaluation.metrics import Accuracy, accuracy
 from skipvision_train.evaluation.results import Prediction
 from skipvision_train.files import read_json, write_json
+from skipvision_train.inference.loading import load_for_inference
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans import SkipPlan, compose, ffn_skip, shortv, vskip
 from skipvision_train.plans.rules import TokenKind

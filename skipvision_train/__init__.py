@@ -10,6 +10,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Assistant": "skipvision_train.inference",
+    "Conversation": "skipvision_train.inference",
+    "Sampling": "skipvision_train.inference",
     "SkipPlan": "skipvision_train.plans",
     "SkipVisionConfig": "skipvision_train.models.configuration",
     "SkipVisionForConditionalGeneration": "skipvision_train.models.modeling",
@@ -21,6 +24,9 @@ _EXPORTS = {
 _MODULES = ("plans",)  # skipvision_train.plans.vskip(...) after "import skipvision_train" alone
 
 __all__ = [
+    "Assistant",
+    "Conversation",
+    "Sampling",
     "SkipPlan",
     "SkipVisionConfig",
     "SkipVisionForConditionalGeneration",

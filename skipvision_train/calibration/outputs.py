@@ -19,8 +19,8 @@ from skipvision_train.calibration import search
 from skipvision_train.calibration.bank import BankFacts, PlanBank
 from skipvision_train.calibration.scores import STRATEGIES, ScoreTable
 from skipvision_train.calibration.session import UNIVERSAL, Found, Session
-from skipvision_train.evaluation.loading import package_versions
 from skipvision_train.files import write_json
+from skipvision_train.inference.loading import package_versions
 from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
 

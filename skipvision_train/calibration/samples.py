@@ -18,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from skipvision_train.adapters.chat import encode_chats
 from skipvision_train.data.collate import collate
 from skipvision_train.data.processor import Example, SkipVisionProcessor
 from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record, Turn
 from skipvision_train.data.templates import IGNORED
 from skipvision_train.errors import ConfigError, DataError
-from skipvision_train.evaluation.evaluate import file_images, on_device
+from skipvision_train.evaluation.evaluate import file_images
+from skipvision_train.inference.decoding import on_device
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 
 T = TypeVar("T")
@@ -208,14 +210,14 @@ def prompt_samples(
     for index, record in enumerate(prompts):
         images = images_of(index)
         try:
-            inputs = _prompt(model, processor, record, images)
+            inputs = encode_chats(model, processor, [(record.turns[:-1], images)])
         except ConfigError:
             raise
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{_named(record)}: {type(processor).__name__} cannot write it: {reason}") from error
         answer = _answer_ids(processor, record) if positions == "answer" else []
-        samples.append(_sample(record, on_device(_untyped(model), _extended(inputs, answer)), len(answer)))
+        samples.append(_sample(record, on_device(model, _extended(inputs, answer)), len(answer)))
     return samples
 
 
@@ -249,49 +251,6 @@ def _encoded(processor: SkipVisionProcessor, record: Record, images: Sequence[Im
         return processor.encode_prompt(record.turns[:-1], images)
     except DataError as error:
         raise DataError(f"{_named(record)}: {error}") from error
-
-
-def _untyped(model: PreTrainedModel) -> Any:
-    return model  # on_device is annotated for our own model and needs device and dtype alone
-
-
-def _prompt(model: PreTrainedModel, processor: Any, record: Record, images: list[Image.Image]) -> dict[str, Tensor]:
-    """The processor's tensors for everything before the last answer."""
-    turns = record.turns[:-1]
-    if processor.chat_template is None:
-        image_id = getattr(model.config, "image_token_id", None)  # transformers has no common base that declares it
-        if image_id is None:
-            raise ConfigError(
-                f"model: {type(processor).__name__} has no chat template and the configuration of "
-                f"{type(model).__name__} no image_token_id, so no prompt can show an image"
-            )
-        image_token = processor.tokenizer.convert_ids_to_tokens(image_id)
-        text = "\n".join(turn.text for turn in turns).replace(IMAGE_MARKER, image_token)
-        return dict(processor(images=[images], text=[text], return_tensors="pt"))
-    return dict(
-        processor.apply_chat_template(
-            chat_messages(turns, images),
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            return_tensors="pt",
-        )
-    )
-
-
-def chat_messages(turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Messages in the style of transformers; each image stands where its marker stands."""
-    remaining = iter(images)
-    messages = []
-    for turn in turns:
-        content: list[dict[str, Any]] = []
-        for index, text in enumerate(turn.text.split(IMAGE_MARKER)):
-            if index:
-                content.append({"type": "image", "image": next(remaining)})
-            if text.strip():
-                content.append({"type": "text", "text": text.strip()})
-        messages.append({"role": turn.role, "content": content})
-    return messages
 
 
 def _answer_ids(processor: Any, record: Record) -> list[int]:

@@ -34,11 +34,11 @@ from skipvision_train.calibration.scores import (
     plan_divergences,
     random_ranks,
 )
-from skipvision_train.calibration.subject import load_subject
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.data.records import Record
 from skipvision_train.errors import ConfigError
 from skipvision_train.files import write_json
+from skipvision_train.inference.loading import load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.families import find_decoder
@@ -122,7 +122,7 @@ class Session:
         draws = [draw_once(cfg, records, cfg.seed + i) for i in range(cfg.draws)]
         union = list({record_id(r): r for drawn in draws for r in drawn}.values())
         check_tasks(cfg, tuple(map(subtask, union)))
-        loaded: tuple[Any, Any, bool] = load_subject(cfg.checkpoint, cfg.device, cfg.precision)
+        loaded: tuple[Any, Any, bool] = load_model(cfg.checkpoint, cfg.device, cfg.precision)
         model, processor, is_ours = loaded
         depth = len(find_decoder(model).layers)
         base = model.plan if is_ours else dense().bind(depth)

@@ -126,8 +126,7 @@ def analyse(cfg: Config) -> tuple[Analysis, dict[str, Any]]:
     """The parts that are asked for, and what they were measured on."""
     from skipvision_train.analysis.geometry import text_config
     from skipvision_train.analysis.paper_report import Analysis
-    from skipvision_train.calibration.subject import load_subject
-    from skipvision_train.evaluation.loading import package_versions
+    from skipvision_train.inference.loading import load_model, package_versions
     from skipvision_train.models.identity import model_hash
     from skipvision_train.plans.families import find_decoder
 
@@ -135,7 +134,7 @@ def analyse(cfg: Config) -> tuple[Analysis, dict[str, Any]]:
     geometry = None if cfg.geometry is None else text_config(cfg.geometry)
     records = draw_records(cfg) if set(cfg.parts) != {"flops"} else []
     if cfg.checkpoint is not None and (records or geometry is None):
-        model, processor, is_ours = load_subject(cfg.checkpoint, cfg.device, cfg.precision)
+        model, processor, is_ours = load_model(cfg.checkpoint, cfg.device, cfg.precision)
         facts["model_hash"] = model_hash(model)
         analysis.names = {} if is_ours else {"skipped": "visual"}
         if records:

@@ -74,8 +74,8 @@ def run(cfg: Config) -> None:
         raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     from skipvision_train.data.recipes import load_recipe, load_records
     from skipvision_train.evaluation.evaluate import blind_scores, file_images
-    from skipvision_train.evaluation.loading import load_for_inference, package_versions
     from skipvision_train.evaluation.results import EvaluationResult, Scores
+    from skipvision_train.inference.loading import load_for_inference, package_versions
 
     records = limit_per_task(load_records(load_recipe(cfg.recipe, cfg.data_root)).read_all(), cfg.limit, cfg.seed)
     model, processor = load_for_inference(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)

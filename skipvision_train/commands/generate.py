@@ -39,7 +39,7 @@ def run(cfg: Config) -> None:
     from skipvision_train.data.images import load_image
     from skipvision_train.data.records import IMAGE_MARKER, Turn
     from skipvision_train.evaluation.evaluate import generate_answers, on_device
-    from skipvision_train.evaluation.loading import load_for_inference
+    from skipvision_train.inference.loading import load_for_inference
 
     model, processor = load_for_inference(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)
     text = cfg.prompt

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record
 from skipvision_train.errors import DataError
 from skipvision_train.evaluation.metrics import exact_match
 from skipvision_train.evaluation.results import BlindScores, Prediction, SampleCost, Scores
+from skipvision_train.inference.decoding import Sampling, generate, on_device
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.rules import TokenKind
@@ -104,15 +104,6 @@ def prompt_batches(
         yield on_device(model, collate(examples, padding_side="left", pad_id=processor.pad_id))
 
 
-def on_device(model: SkipVisionForConditionalGeneration, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch on the model's device, pixels in the model's precision."""
-    return {
-        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-        for key, value in batch.items()
-    }
-
-
-@torch.no_grad()
 def generate_answers(
     model: SkipVisionForConditionalGeneration,
     processor: SkipVisionProcessor,
@@ -120,15 +111,7 @@ def generate_answers(
     max_new_tokens: int,
 ) -> list[str]:
     """The model's greedy answer to every row of a left-padded batch, without special tokens and outer white space."""
-    generator: Any = model  # transformers annotates generate() for a protocol that no model of its own satisfies
-    sequences = generator.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=processor.end_id,
-        pad_token_id=processor.pad_id,
-    )
-    answers = sequences[:, batch["input_ids"].shape[1] :]
+    answers = generate(model, batch, Sampling(max_new_tokens), [processor.end_id], processor.pad_id).tokens
     return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

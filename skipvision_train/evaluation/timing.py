@@ -5,30 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
 from skipvision_train.evaluation.results import Timing
+from skipvision_train.inference.decoding import cache_bytes
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.plan import SkipPlan
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes that the keys and values of all layers hold allocated.
-
-    Storage counts, not shape: a cut-out view of a full cache would save nothing.
-    """
-    layers: Any = cache.layers  # a union of kinds of layers in transformers; attention has keys and values
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in layers
-        for tensor in (layer.keys, layer.values)
-    }
-    return sum(storages.values())
 
 
 def measure_plans(

@@ -18,10 +18,10 @@ from skipvision_train.calibration import session
 from skipvision_train.calibration.bank import PlanBank
 from skipvision_train.calibration.samples import prompt_samples, read_jsonl
 from skipvision_train.calibration.scores import ScoreTable
-from skipvision_train.calibration.subject import load_subject
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.cli import run_command
 from skipvision_train.errors import PlanError
+from skipvision_train.inference.loading import load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import SkipPlan
 
@@ -68,7 +68,7 @@ def alone(workspace):
 
 def kl_by_hand(workspace, plan, ids, positions="next"):
     """(ids,) KL(P || P under the plan) of the workspace's prompts, from forwards of the model."""
-    model, processor, _ = load_subject(str(workspace / "model"))
+    model, processor, _ = load_model(str(workspace / "model"))
     records = {f"prompts/{record.id}": record for record in read_jsonl(workspace / "prompts.jsonl")}
     values = []
     for sample in prompt_samples(model, processor, [records[i] for i in ids], positions):
@@ -88,7 +88,7 @@ def test_plan_and_scores_of_a_model_of_transformers(workspace, alone, capsys):
     assert sorted(table.tasks) == ["a", "a", "b", "b", "c", "c"]
     assert plan.layers_without_attention() == (2,)  # half of three, and the last layer costs nothing
     assert not (alone / "partial.json").exists()
-    model, _, is_ours = load_subject(str(workspace / "model"))
+    model, _, is_ours = load_model(str(workspace / "model"))
     assert not is_ours
     assert plan.provenance["model_hash"] == model_hash(model)
     with apply(model, plan):

@@ -12,8 +12,8 @@ from packaging import version
 from tiny_vlms import make_family
 from tokenizers.processors import TemplateProcessing
 
+from skipvision_train.adapters.chat import chat_messages
 from skipvision_train.calibration.samples import (
-    chat_messages,
     draw,
     prompt_samples,
     read_jsonl,

@@ -7,8 +7,8 @@ from tiny_vlms import make_family
 from torch import nn
 
 from skipvision_train.calibration.samples import prompt_samples
-from skipvision_train.calibration.subject import load_subject
 from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.inference.loading import load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import vskip
 
@@ -23,20 +23,20 @@ def llava_directory(tmp_path):
 
 @torch.no_grad()
 def test_a_directory_of_transformers_is_loaded(llava_directory, record):
-    model, processor, is_ours = load_subject(str(llava_directory), "cpu")
+    model, processor, is_ours = load_model(str(llava_directory), "cpu")
     family = make_family("llava")
     assert not is_ours
     assert not model.training
     (own,) = prompt_samples(family.model, family.processor, [record("w1", "w2")])
     (loaded,) = prompt_samples(model, processor, [record("w1", "w2")])
     torch.testing.assert_close(model(**loaded.inputs).logits, family.model(**own.inputs).logits, atol=0, rtol=0)
-    assert load_subject(str(llava_directory), "cpu", "bf16")[0].dtype == torch.bfloat16
+    assert load_model(str(llava_directory), "cpu", "bf16")[0].dtype == torch.bfloat16
 
 
 def test_a_directory_of_ours_is_loaded(own_model, own_processor, tmp_path):
     own_model.save_pretrained(tmp_path / "ours")
     own_processor.save_pretrained(tmp_path / "ours")
-    model, processor, is_ours = load_subject(str(tmp_path / "ours"), "cpu")
+    model, processor, is_ours = load_model(str(tmp_path / "ours"), "cpu")
     assert is_ours
     assert not model.training
     assert processor.tokens_per_image == own_processor.tokens_per_image
@@ -72,16 +72,16 @@ BROKEN = {
 def test_a_directory_that_is_no_whole_model_is_refused(llava_directory, message):
     BROKEN[message](llava_directory)
     with pytest.raises(CheckpointError, match=r"checkpoint: .*llava") as caught:
-        load_subject(str(llava_directory), "cpu")
+        load_model(str(llava_directory), "cpu")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_settings_that_cannot_work_are_refused(llava_directory):
     with pytest.raises(ConfigError, match="precision: 'fp8' is unknown"):
-        load_subject(str(llava_directory), "cpu", "fp8")
+        load_model(str(llava_directory), "cpu", "fp8")
     with pytest.raises(ConfigError, match="device: 'abacus' is no device"):
-        load_subject(str(llava_directory), "abacus")
+        load_model(str(llava_directory), "abacus")
 
 
 # --- the hash ------------------------------------------------------------------------------------------------------

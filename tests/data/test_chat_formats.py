@@ -309,11 +309,15 @@ def test_generation_stops_at_the_templates_end(name, processor_for):
 
     def generate(**options):
         asked.update(options)
-        return torch.cat([options["input_ids"], torch.tensor([[*ids_of(processor.tokenizer, " Paris"), end]])], dim=1)
+        for tokens in (options["input_ids"], torch.tensor([end])):
+            options["streamer"].put(tokens)
+        new = torch.tensor([[*ids_of(processor.tokenizer, " Paris"), end]])
+        sequences = torch.cat([options["input_ids"], new], dim=1)
+        return SimpleNamespace(sequences=sequences, past_key_values=SimpleNamespace(layers=[]))
 
     batch = {"input_ids": torch.tensor([ids_of(processor.tokenizer, "What?")])}
     assert generate_answers(SimpleNamespace(generate=generate), processor, batch, 3) == ["Paris"]
-    assert asked["eos_token_id"] == processor.end_id == processor.pad_id == end
+    assert asked["eos_token_id"] == [processor.end_id] == [processor.pad_id] == [end]
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_before_training(config_factory, fresh_tokenizer):

@@ -8,35 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans import skip_ffn
-
-CONTROL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and LLaMA-3's control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=CONTROL[0], eos_token="<|eot_id|>", clean_up_tokenization_spaces=False
-    )
 
 
 @pytest.fixture

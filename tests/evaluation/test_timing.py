@@ -6,7 +6,8 @@ from transformers.cache_utils import DynamicCache
 
 from skipvision_train.analysis.flops import kv_cache_bytes
 from skipvision_train.evaluation.evaluate import file_images, prompt_batches
-from skipvision_train.evaluation.timing import cache_bytes, measure_plans
+from skipvision_train.evaluation.timing import measure_plans
+from skipvision_train.inference.decoding import cache_bytes
 from skipvision_train.plans import TokenKind, dense, skip_ffn, vskip
 
 

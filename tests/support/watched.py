@@ -7,31 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from byte_tokenizer import byte_tokenizer
 from slow_plans import SlowSequence, rms_norm
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from skipvision_train.calibration.samples import Sample
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans import SkipPlan, TokenKind
-
-CONTROL = ("begin_of_text", "end_of_text", "reserved_special_token_0", "start_header_id", "end_header_id", "eot_id")
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and LLaMA-3's control tokens."""
-    control = [f"<|{name}|>" for name in CONTROL]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=control[0], eos_token=control[-1], clean_up_tokenization_spaces=False
-    )
 
 
 def make_ours(config: SkipVisionConfig) -> tuple[SkipVisionForConditionalGeneration, SkipVisionProcessor]:

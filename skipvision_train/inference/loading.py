@@ -1,0 +1,134 @@
+"""Open a finished model for inference: evaluation, calibration and generation do it alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from skipvision_train.config.plans import PlanSpec, build_plan, load_bank
+from skipvision_train.data.processor import SkipVisionProcessor
+from skipvision_train.errors import CheckpointError, ConfigError, SkipVisionError
+from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.identity import model_hash
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_for_inference(
+    checkpoint: str, plan: PlanSpec | None = None, device: str | None = None, precision: str | None = None
+) -> tuple[SkipVisionForConditionalGeneration, SkipVisionProcessor]:
+    """The model in evaluation mode under the wanted plan, and its processor.
+
+    Args:
+        checkpoint: a model directory.
+        plan: what the configuration says; None is the plan that the model was trained with.
+        device: as torch names it; None takes the GPU if there is one.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None keeps what the checkpoint was saved in.
+
+    Raises:
+        CheckpointError: the directory is no complete model.
+        ConfigError: an unknown precision, or a device this machine does not have.
+        ConfigError: a plan that does not fit the model, or a plan file that is none.
+        PlanError: a plan bank of another model.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
+    if not (Path(checkpoint) / "config.json").is_file():
+        raise CheckpointError(f"checkpoint: {checkpoint} is no model directory: it has no config.json")
+    dtype = "auto" if precision is None else PRECISIONS[precision]
+    try:
+        model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if plan is not None and plan.method == "bank":
+        load_bank(plan, model_hash(model))
+    own = model.config.plan_or_dense()
+    model.set_plan(build_plan(plan or PlanSpec("own"), own.num_layers, own=own))
+    return model.to(choose_device(device)).eval(), SkipVisionProcessor.from_pretrained(checkpoint)
+
+
+def choose_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is no device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name}, but torch finds no GPU on this machine; use cpu or null")
+    return device
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import transformers
+
+    from skipvision_train import __version__
+
+    return {"skipvision-train": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def load_model(
+    path: str, device: str | None = None, precision: str | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin, bool]:
+    """Open a model directory from local files and without code of the checkpoint's.
+
+    Args:
+        path: one of our model directories, or one of transformers' for images and text.
+        device: as torch names it; None takes the GPU if there is one.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None keeps what the checkpoint was saved in.
+
+    Returns:
+        The model in evaluation mode (ours under the plan it was trained with), its processor, and whether it is ours.
+
+    Raises:
+        CheckpointError: no model directory, incomplete, or no model of images and text.
+        ConfigError: an unknown precision, or a device that this machine does not have.
+    """
+    is_ours = _model_type(path) == SkipVisionConfig.model_type
+    try:
+        if is_ours:
+            return *load_for_inference(path, None, device, precision), True
+        return *_load_other(path, device, precision), False
+    except SkipVisionError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()  # of transformers' advice only the first line says what is wrong
+        raise CheckpointError(
+            f"checkpoint: {path} cannot be loaded: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def _model_type(path: str) -> str:
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint: {path} is no model directory: it has no config.json")
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint: {file} is no model configuration: {error!r}") from error
+
+
+def _load_other(path: str, device: str | None, precision: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
+    where = choose_device(device)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype="auto" if precision is None else PRECISIONS[precision],
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"checkpoint: {path} lacks {', '.join(missing[:5])}{more}")
+    processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return model.to(where).eval(), processor

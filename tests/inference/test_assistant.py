@@ -1,0 +1,188 @@
+"""Answers under plans: batches, chats, streams, sampling, and what a reply says it took."""
+
+import pytest
+import torch
+
+from skipvision_train.data.records import Turn
+from skipvision_train.errors import ConfigError, DataError, PlanError
+from skipvision_train.inference import Assistant, Conversation, Sampling
+from skipvision_train.inference.decoding import TextPieces
+from skipvision_train.plans import TokenKind, dense, skip_kv, vskip
+
+SHORT = Sampling(max_new_tokens=6)
+
+
+@torch.no_grad()
+def slow_answer(assistant, conversation, plan, steps):
+    """Greedy, each step a forward over everything so far; no cache, no ``generate``."""
+    with assistant.under(plan):
+        inputs, new = assistant.encode([conversation]), []
+        length = inputs["input_ids"].shape[1]
+        for _ in range(steps):
+            token = int(assistant.model(**inputs, use_cache=False).logits[0, -1].argmax())
+            new.append(token)
+            if token in assistant.end_ids:
+                break
+            grown = torch.tensor([[token]])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], grown], 1)
+            for name, value in (("attention_mask", 1), ("token_kinds", TokenKind.TEXT), ("mm_token_type_ids", 0)):
+                if name in inputs:
+                    inputs[name] = torch.cat([inputs[name], torch.full_like(grown, int(value))], 1)
+    return length, new
+
+
+@pytest.mark.parametrize("plan", [dense(), vskip([0, 1])], ids=["dense", "vskip"])
+def test_a_reply_is_greedy_decoding_under_the_plan(assistant, questions, pictures, plan):
+    conversation = Conversation().ask(questions[0], pictures[:1])
+    length, expected = slow_answer(assistant, conversation, plan, 6)
+    with assistant.under(plan):
+        reply = assistant.reply(conversation, SHORT)
+    assert reply.text == assistant.processor.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert reply.tokens == len(expected)
+    assert reply.finished == (expected[-1] in assistant.end_ids)
+    assert sum(reply.prompt.values()) == length
+    visual = {"retained", "middle", "skipped", "summary"} & set(reply.prompt)
+    assert "skipped" in visual
+    assert reply.first_token_ms > 0
+    assert (reply.decode_ms is None) == (reply.tokens == 1)
+
+
+def test_a_batch_answers_as_one_by_one(assistant, questions, pictures):
+    asked = [
+        Conversation().ask(questions[0], pictures[:1]),
+        Conversation().ask(questions[1], pictures[1:]),
+        Conversation().ask(questions[2]),
+    ]
+    together = assistant.replies(asked, SHORT)
+    alone = [assistant.reply(conversation, SHORT) for conversation in asked]
+    assert [r.text for r in together] == [r.text for r in alone]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [r.prompt for r in together] == [r.prompt for r in alone]
+
+
+def test_a_stream_brings_the_same_text_in_pieces(assistant, questions, pictures):
+    conversation = Conversation().ask(questions[0], pictures[:1])
+    whole = assistant.reply(conversation, SHORT)
+    with assistant.stream(conversation, SHORT) as stream:
+        pieces = list(stream)
+    assert "".join(pieces).strip() == whole.text
+    assert stream.reply.text == whole.text
+    assert stream.reply.tokens == whole.tokens
+
+
+def test_a_stream_that_is_left_ends_its_answer(ours, pictures):
+    with ours.stream(Conversation().ask("Why?", pictures[:1]), Sampling(max_new_tokens=200)) as stream:
+        next(iter(stream))
+    assert not stream.reply.finished
+    assert stream.reply.tokens < 200
+
+
+def test_an_error_on_the_way_reaches_the_reader(ours, pictures, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ours.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(ours.stream(Conversation().ask("Why?", pictures[:1])))
+
+
+def test_plans_are_exchanged_and_put_back(assistant, questions, pictures):
+    conversation, own = Conversation().ask(questions[0], pictures[:1]), assistant.own_plan
+    before = assistant.model(**assistant.encode([conversation])).logits
+    assert assistant.plan == own
+    with assistant.under(vskip([0, 1, 2])):
+        assert assistant.plan == vskip([0, 1, 2]).bind(3)
+        changed = assistant.model(**assistant.encode([conversation])).logits
+    assert assistant.plan == own
+    assert torch.equal(assistant.model(**assistant.encode([conversation])).logits, before)
+    assert not torch.allclose(changed, before)
+    with pytest.raises(PlanError):
+        assistant.use(vskip([7]))
+    assert assistant.plan == own
+    assert torch.equal(assistant.model(**assistant.encode([conversation])).logits, before)
+
+
+def test_evicted_tokens_take_no_memory(ours, pictures):
+    """The cache of every layer holds two tensors of 2 heads of 8 numbers of 4 bytes per position."""
+    conversation = Conversation().ask("Why?", pictures[:1])
+    found = {}
+    for plan in (dense(), skip_kv()):
+        with ours.under(plan):
+            reply = ours.reply(conversation, SHORT)
+        evicted = reply.prompt["skipped"] if plan.evict else 0
+        positions = sum(reply.prompt.values()) + reply.tokens - 1 - evicted
+        assert reply.kv_bytes == positions * 3 * 2 * 2 * 8 * 4
+        found[plan.name] = reply.kv_bytes
+    assert len(set(found.values())) == 2
+
+
+def test_a_chat_is_a_conversation_that_grows(ours, pictures):
+    first = Conversation.begin("Be brief.").ask("What is this?", pictures[:1])
+    second = first.answered("A set.").ask("And <image> or <image>?", pictures[1:])
+    assert [turn.role for turn in second.turns] == ["system", "user", "assistant", "user"]
+    assert second.turns[1] == Turn("user", "<image>\nWhat is this?")
+    assert second.images == tuple(pictures)
+    length, expected = slow_answer(ours, second, ours.own_plan, 4)
+    reply = ours.reply(second, Sampling(max_new_tokens=4))
+    assert (sum(reply.prompt.values()), reply.tokens) == (length, len(expected))
+    assert first.turns == second.turns[:2]  # nothing is changed in place
+
+
+def test_draws_follow_their_seed(ours, pictures):
+    conversation = Conversation().ask("Why?", pictures[:1])
+    hot = [ours.reply(conversation, Sampling(8, temperature=5.0, seed=seed)).text for seed in (1, 1, 2, 3)]
+    assert hot[0] == hot[1]
+    assert len(set(hot)) > 1
+    sure = ours.reply(conversation, Sampling(8, temperature=5.0, top_k=1)).text
+    assert sure == ours.reply(conversation, Sampling(8)).text
+
+
+def test_opened_from_a_directory(ours, pictures, tmp_path):
+    ours.model.save_pretrained(tmp_path / "model")
+    ours.processor.save_pretrained(tmp_path / "model")
+    vskip([1]).bind(3).save(tmp_path / "plan.json")
+    opened = Assistant.open(tmp_path / "model", tmp_path / "plan.json", device="cpu")
+    pictures[0].save(tmp_path / "a.png")
+    with ours.under(vskip([1])):
+        assert opened.ask("Why?", [tmp_path / "a.png"], SHORT) == ours.ask("Why?", pictures[:1], SHORT)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: Conversation().ask("<image> and <image>", p[:1]), "2 <image> markers, but 1 images"),
+        (lambda p: Conversation().ask("a", p[:1]).ask("b"), "the last question has no answer"),
+        (lambda p: Conversation().answered("b"), "must end with a question"),
+        (lambda p: Conversation().ask("a", ["/none.png"]), "/none.png"),
+    ],
+)
+def test_conversations_that_cannot_be(pictures, make, message):
+    with pytest.raises(DataError, match=message):
+        make(pictures)
+
+
+def test_nothing_asked(ours):
+    with pytest.raises(DataError, match="must end with a question"):
+        ours.reply(Conversation.begin("Be brief."))
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}]
+)
+def test_sampling_out_of_range(values):
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"^{name}: "):
+        Sampling(**values)
+
+
+def test_characters_of_several_tokens_come_whole(ours):
+    text = "né 東京!"
+    ids = ours.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(text)
+    pieces = TextPieces(ours.processor.tokenizer)
+    shown = [pieces.add(token) for token in ids]
+    assert "".join(shown) == text
+    assert all(len(piece) <= 1 for piece in shown)
+    cut = TextPieces(ours.processor.tokenizer)
+    assert [cut.add(token) for token in ids[:2]] == ["n", ""]
+    assert cut.rest() == "\N{REPLACEMENT CHARACTER}"
