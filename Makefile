@@ -1,12 +1,13 @@
-# make demo | make test | make install | make lint | make types
+# make demo | make test | make test-lmms-eval | make install | make lint | make types | make reference
 PYTHON ?= python3
 VENV ?= .venv
+LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 # The demo and the tests run on the CPU everywhere, so that they show the same thing everywhere.
 export DS_ACCELERATOR ?= cpu
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test lint types check clean
+.PHONY: install demo test test-lmms-eval lint types reference check clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,17 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
+# lmms-eval and Hydra need different versions of antlr4, so it has an environment of its own (docs/benchmarks.md).
+$(LMMS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LMMS_VENV)/bin/python -m pip install --quiet --group lmms-eval 'pytest>=8.3'
+	$(LMMS_VENV)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+test-lmms-eval: $(LMMS_VENV)/.installed
+	$(LMMS_VENV)/bin/python -m pytest tests/lmms_eval
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,7 +41,13 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# docs/configuration.md from the schemas, docs/api.md from the docstrings, docs/images/accuracy.svg from docs/results.md
+reference: install
+	$(BIN)/python -m skipvision_train.config.reference
+	$(BIN)/python -m skipvision_train.config.api_reference
+	$(BIN)/python docs/images/draw.py
+
 check: lint types test
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) $(LMMS_VENV) outputs build dist *.egg-info

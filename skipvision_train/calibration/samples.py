@@ -5,7 +5,6 @@ Records of a recipe and prompts of a JSON-lines file are the same type here, for
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from skipvision_train.adapters.chat import encode_chats
 from skipvision_train.data.collate import collate
 from skipvision_train.data.processor import Example, SkipVisionProcessor
-from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record, Turn
+from skipvision_train.data.prompts import parse_object, parse_prompt, prompt_lines
+from skipvision_train.data.records import ImageRef, Record, Turn
 from skipvision_train.data.templates import IGNORED
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.evaluation.evaluate import file_images
@@ -278,81 +278,37 @@ def _extended(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Ten
 
 
 def read_jsonl(path: str | Path) -> list[Record]:
-    """Read prompts: a JSON object ``{"id"?, "image" | "images", "prompt", "answer"?, "task"?}`` per line.
+    """Read prompts, an object of :func:`~skipvision_train.data.prompts.parse_prompt` per line.
 
     Args:
-        path: its name without extension becomes the records' source; image paths are relative to its folder. In
-            ``prompt`` the marker ``<image>`` may stand where an image stands; without markers images come first.
+        path: its name without extension becomes the records' source; image paths are relative to its folder.
 
     Returns:
-        Records of one question; the id is the line's number where the file gives none, and an absent answer is an
+        Records that show images; the id is the line's number where the file gives none, and an absent answer is an
         empty last turn.
 
     Raises:
         DataError: naming the file, the line and the field.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"prompts: {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"prompts: {path}: no UTF-8 text: {error}") from error
     records: dict[str, Record] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                record = _parsed(line, number, path)
-                if record.id in records:
-                    raise DataError(f"'id': {record.id!r} is another line's id, too")
-            except DataError as error:
-                raise DataError(f"{path}: line {number}: {error}") from error
-            records[record.id] = record
+    for number, line in prompt_lines(path, "prompts"):
+        try:
+            record = _parsed(line, number, path)
+            if record.id in records:
+                raise DataError(f"'id': {record.id!r} is another line's id, too")
+        except DataError as error:
+            raise DataError(f"{path}: line {number}: {error}") from error
+        records[record.id] = record
     if not records:
         raise DataError(f"{path}: holds no prompts")
     return list(records.values())
 
 
-def _parsed(line: str, number: int, path: Path) -> Record:
-    try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}") from error
-    if not isinstance(entry, dict):
-        raise DataError(f"a JSON object is expected, found {line.strip():.40}")
-    identity = entry.get("id", number)
-    if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise DataError(f"'id': a string or an integer is expected, found {identity!r}")
-    images = _image_names(entry)
-    prompt = _text(entry, "prompt")
-    if (markers := prompt.count(IMAGE_MARKER)) not in (0, len(images)):
-        raise DataError(f"'prompt': {markers} {IMAGE_MARKER} markers, but {len(images)} images")
-    if not markers:
-        prompt = f"{IMAGE_MARKER}\n" * len(images) + prompt
-    answer = _text(entry, "answer") if entry.get("answer") is not None else ""
-    task = _text(entry, "task") if entry.get("task") is not None else None
-    turns = (Turn("user", prompt), Turn("assistant", answer))
-    return Record(str(identity), path.stem, tuple(ImageRef(path.parent / name) for name in images), turns, task)
-
-
-def _image_names(entry: Mapping[str, Any]) -> list[str]:
-    given = [name for name in ("image", "images") if entry.get(name)]
-    if len(given) != 1:
-        found = "both are given" if given else "both are missing or empty"
-        raise DataError(f"'image', 'images': {found}; one of them names the images that are shown")
-    names = entry[given[0]]
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise DataError(f"{given[0]!r}: a path or a list of paths is expected, found {names!r:.80}")
-    return names
-
-
-def _text(entry: Mapping[str, Any], field: str) -> str:
-    value = entry.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{field!r}: a text is expected, found {value!r:.80}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; no tokenizer takes that
-        raise DataError(f"{field!r}: half a surrogate pair at character {error.start}") from error
-    return value
+def _parsed(line: bytes, number: int, path: Path) -> Record:
+    prompt = parse_prompt(parse_object(line), path.parent)
+    if not prompt.images:
+        raise DataError("'image', 'images': both are missing or empty; one of them names the images that are shown")
+    identity = str(number if prompt.id is None else prompt.id)
+    turns = (*prompt.turns, Turn("assistant", prompt.answer))
+    return Record(identity, path.stem, tuple(ImageRef(image) for image in prompt.images), turns, prompt.task)

@@ -1,4 +1,4 @@
-"""``skipvision evaluate``: accuracy per task, blind accuracy, cost and time of a model under a plan."""
+"""``skipvision evaluate``: scores per task, blind scores, cost and time of a model under a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from skipvision_train.data.records import Record
     from skipvision_train.evaluation.evaluate import ImageSource
     from skipvision_train.evaluation.metrics import Accuracy
-    from skipvision_train.evaluation.results import BlindScores, EvaluationResult, Prediction, SampleCost, Timing
+    from skipvision_train.evaluation.results import (
+        BlindScores,
+        EvaluationResult,
+        Prediction,
+        SampleCost,
+        Scores,
+        Timing,
+    )
     from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
     from skipvision_train.plans.plan import SkipPlan
 
@@ -38,7 +45,10 @@ class Config:
     """Model directory."""
     recipe: str = "???"
     """Questions: name of a file in ``data_recipes/`` or path of a recipe file, with ``:split`` where it has any. A
-    record's last answer is scored by exact match; results are grouped by ``task``, or by source without one."""
+    record's last answer is what is asked for; results are grouped by ``task``, or by source without one."""
+    metric: str | None = None
+    """How answers are scored where neither the record nor its source names a ``metric`` (``docs/evaluation.md``); null
+    is exact match."""
     data_root: str | None = None
     """Directory that the recipe's paths are relative to; image paths in the result are relative to it as well."""
     output: str = "???"
@@ -50,7 +60,7 @@ class Config:
     max_new_tokens: int = 32
     """Where an answer without an end is cut."""
     limit: int | None = None
-    """At most so many questions of each task, drawn by ``seed``; null asks all."""
+    """At most so many questions of each task, drawn by ``seed``, of MME in pairs; null asks all."""
     blind: bool = False
     """Ask everything twice more without the images: grey ones, and those of another question of the task."""
     timing: bool = False
@@ -58,7 +68,7 @@ class Config:
     timing_samples: int = 8
     """Questions that are timed, one by one."""
     seed: int = 0
-    """Seeds ``limit`` and the shuffled images."""
+    """Seeds ``limit``, the shuffled images and resampled intervals."""
     device: str | None = None
     """``cpu``, ``cuda``, ``cuda:1``; null takes the GPU if there is one."""
     precision: str | None = None
@@ -73,11 +83,14 @@ def run(cfg: Config) -> None:
     if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
         raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     from skipvision_train.data.recipes import load_recipe, load_records
-    from skipvision_train.evaluation.evaluate import blind_scores, file_images
+    from skipvision_train.evaluation.evaluate import blind_scores, file_images, task_of
     from skipvision_train.evaluation.results import EvaluationResult, Scores
+    from skipvision_train.evaluation.tasks import check_targets, with_metric
     from skipvision_train.inference.loading import load_for_inference, package_versions
 
-    records = limit_per_task(load_records(load_recipe(cfg.recipe, cfg.data_root)).read_all(), cfg.limit, cfg.seed)
+    records = with_metric(load_records(load_recipe(cfg.recipe, cfg.data_root)).read_all(), cfg.metric)
+    check_targets(records, task_of)
+    records = limit_per_task(records, cfg.limit, cfg.seed)
     model, processor = load_for_inference(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)
     plan, groups = plan_groups(cfg.plan, model, records)
     log.info("%d questions, plan %s, on %s", len(records), plan.name, model.device)
@@ -94,7 +107,7 @@ def run(cfg: Config) -> None:
         checkpoint=cfg.checkpoint,
         recipe=cfg.recipe,
         plan=plan,
-        scores=Scores.of(predictions),
+        scores=Scores.of(predictions, cfg.seed),
         cost=mean_cost(model, predictions, groups),
         predictions=tuple(predictions),
         blind=blind,
@@ -190,7 +203,7 @@ def blind_by_task(
 
     own = file_images(records)
     variants = {"grey": grey_images(own), "shuffled": shuffled_images(records, own, seed)}
-    scores = {name: Scores.of(answers(source)) for name, source in variants.items()}
+    scores = {name: Scores.of(answers(source), seed) for name, source in variants.items()}
     best = max(scores, key=lambda name: scores[name].mean.value)
     return BlindScores(best, scores[best], {name: score.mean.value for name, score in scores.items()})
 
@@ -223,23 +236,29 @@ def mean_cost(
 
 
 def limit_per_task(records: Sequence[Record], limit: int | None, seed: int) -> list[Record]:
-    """At most ``limit`` records of each task, drawn by ``seed``, in the order of the data.
+    """At most ``limit`` records of each task, drawn by ``seed``, in the order of the data; MME's pairs stay together.
 
     Raises:
-        ConfigError: ``limit`` is not positive.
+        ConfigError: ``limit`` is not positive, or less than a pair.
     """
     from skipvision_train.evaluation.evaluate import task_of
+    from skipvision_train.evaluation.tasks import target_of
 
     if limit is None:
         return list(records)
     if limit < 1:
         raise ConfigError(f"limit: {limit}; at least 1, or null for all")
-    groups: dict[str, list[int]] = {}
+    tasks: dict[str, dict[object, list[int]]] = {}
     for index, record in enumerate(records):
-        groups.setdefault(task_of(record), []).append(index)
+        target = target_of(record)
+        unit = (target.category, target.group) if target.metric == "mme" else index
+        tasks.setdefault(task_of(record), {}).setdefault(unit, []).append(index)
     chosen: list[int] = []
-    for task, members in groups.items():
-        chosen += random.Random(f"{seed}/limit/{task}").sample(members, min(limit, len(members)))
+    for task, units in tasks.items():
+        if (size := max(map(len, units.values()))) > limit:
+            raise ConfigError(f"limit: {limit}; task {task!r} scores {size} questions together, so at least {size}")
+        drawn = random.Random(f"{seed}/limit/{task}").sample(list(units.values()), min(limit // size, len(units)))
+        chosen += [index for unit in drawn for index in unit]
     return [records[index] for index in sorted(chosen)]
 
 
@@ -256,7 +275,7 @@ def time_plans(
 
 
 def table(result: EvaluationResult) -> str:
-    """Accuracy per task as text."""
+    """Scores per task as text, and beneath them the figures of benchmarks that have their own."""
     blind = result.blind.scores if result.blind else None
     lines = [f"{'task':<16}{'n':>7}{'accuracy':>11}{'95 % interval':>18}" + (f"{'blind':>9}" if blind else "")]
 
@@ -268,6 +287,7 @@ def table(result: EvaluationResult) -> str:
     for task, value in result.scores.tasks.items():
         lines.append(line(task, value, blind.tasks[task] if blind else None))
     lines.append(line("mean", result.scores.mean, blind.mean if blind else None))
+    lines += figure_lines(result.scores)
     cost = result.cost
     share = 100 * cost.decoder_plan / cost.decoder_dense
     lines.append(
@@ -281,3 +301,16 @@ def table(result: EvaluationResult) -> str:
             f"KV cache {timing.kv_bytes / 1024:.1f} KiB"
         )
     return "\n".join(lines)
+
+
+def figure_lines(scores: Scores) -> list[str]:
+    """A line per figure of the tasks that have any: shares in per cent, points with what could be reached."""
+    lines = []
+    for task, figures in scores.details.items():
+        if figures:
+            lines.append(f"{task} ({scores.metrics[task]})")
+        for name, figure in figures.items():
+            scale, sign, digits = (100, "%", 1) if figure.maximum == 1 else (1, f" of {figure.maximum:.0f}", 2)
+            low, high = (f"{scale * bound:.{digits}f}" for bound in (figure.low, figure.high))
+            lines.append(f"  {name}: {scale * figure.value:.{digits}f}{sign} ({low} to {high}), n {figure.total}")
+    return lines

@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record, Turn, check_record
+from skipvision_train.data.records import EXTRAS, IMAGE_MARKER, ImageRef, Record, Turn, check_record
 from skipvision_train.data.strict_json import kind, shown
 from skipvision_train.errors import DataError
 
@@ -45,7 +46,7 @@ class Place:
     def record(
         self, entry: Entry, images: Iterable[ImageRef], turns: Iterable[Turn], task: str | None = None
     ) -> Record:
-        """A record with the entry's ``id`` (its index without one) and ``task`` (the argument without one).
+        """A record with the entry's ``id`` (its index without one), ``task`` (the argument without one) and ``EXTRAS``.
 
         Raises:
             DataError: an id or a task of another type.
@@ -56,7 +57,8 @@ class Place:
             raise DataError(f"'id' must be a string or an integer, found {kind(identity)}")
         if own is not None and not isinstance(own, str):
             raise DataError(f"'task' must be a string, found {kind(own)}")
-        return Record(str(identity), self.source, tuple(images), tuple(turns), task if own is None else own)
+        extras = {key: entry[key] for key in EXTRAS if entry.get(key) is not None}
+        return Record(str(identity), self.source, tuple(images), tuple(turns), task if own is None else own, extras)
 
     def image(self, value: Any) -> ImageRef:
         """One image: a path below the image root, bytes, or ``{"bytes", "path"}`` as ``datasets`` stores images.
@@ -177,10 +179,32 @@ def captions(entry: Entry, at: Place) -> Record:
 
 
 def vqa(entry: Entry, at: Place) -> Record:
-    """One question: ``{"image", "question", "answer"}``; the images stand in front where the question has no marker."""
+    """One question: ``{"image", "question", "answer"}``; the images stand in front where the question has no marker.
+
+    With ``answers`` of several people (texts, or ``{"answer"}`` as VQA has them) instead of ``answer`` the one that
+    most of them gave is the answer, of several the first.
+    """
     images = _images(entry, at)
-    turns = [Turn("user", _text(entry, "question")), Turn("assistant", _text(entry, "answer"))]
+    if entry.get("answer") is None and entry.get("answers") is not None:
+        answer = Counter(answer_texts(entry["answers"])).most_common(1)[0][0]
+    else:
+        answer = _text(entry, "answer")
+    turns = [Turn("user", _text(entry, "question")), Turn("assistant", answer)]
     return at.record(entry, images, _marked(turns, len(images)))
+
+
+def answer_texts(value: Any) -> list[str]:
+    """The texts of ``answers``: a list of texts, or of ``{"answer"}`` objects.
+
+    Raises:
+        DataError: anything else, or an empty list.
+    """
+    items = value if isinstance(value, list) else []
+    found = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts or len(texts) < len(found):
+        raise DataError(f"'answers' must be a list of texts that is not empty, found {shown(value)}")
+    return texts
 
 
 FORMATS: dict[str, Format] = {

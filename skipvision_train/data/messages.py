@@ -13,6 +13,9 @@ from skipvision_train.data.records import IMAGE_MARKER, Turn
 from skipvision_train.data.templates.formats import QWEN_SYSTEM, VICUNA_SYSTEM
 from skipvision_train.errors import DataError
 
+Picture = Image.Image | str | Path
+"""An image, or the file that holds it."""
+
 _ROLES = ("system", "user", "assistant")
 
 # A message's content: text, or parts, stripped and joined by newlines, with one placeholder per image.
@@ -112,8 +115,8 @@ def flat_messages(messages: Sequence[Mapping[str, Any]], image_token: str) -> li
 
 
 def conversation_turns(
-    messages: Sequence[Mapping[str, Any]], loose: Iterator[Image.Image]
-) -> tuple[list[Turn], list[Image.Image | str | Path]]:
+    messages: Sequence[Mapping[str, Any]], loose: Iterator[Picture]
+) -> tuple[list[Turn], list[Picture]]:
     """Turns with image markers, and the images in order of the markers.
 
     Args:
@@ -126,7 +129,7 @@ def conversation_turns(
         DataError: naming the message and what is wrong with it.
     """
     turns: list[Turn] = []
-    images: list[Image.Image | str | Path] = []
+    images: list[Picture] = []
     for index, message in enumerate(messages):
         where = f"message {index}"
         parts = _parts(message, where)
@@ -149,7 +152,7 @@ def _parts(message: Any, where: str) -> Sequence[Any]:
     return parts
 
 
-def _part(part: Any, where: str, loose: Iterator[Image.Image], images: list[Image.Image | str | Path]) -> str:
+def _part(part: Any, where: str, loose: Iterator[Picture], images: list[Picture]) -> str:
     """The part's text, stripped; its images are appended to ``images``."""
     if _part_kind(part, where) == "text":
         for _ in range(part["text"].count(IMAGE_MARKER)):
@@ -172,7 +175,7 @@ def _part_kind(part: Any, where: str) -> str:
     raise DataError(f"{where}: a text part or an image part is expected, found {part!r:.80}")
 
 
-def _next(loose: Iterator[Image.Image], where: str) -> Image.Image:
+def _next(loose: Iterator[Picture], where: str) -> Picture:
     image = next(loose, None)
     if image is None:
         raise DataError(f"{where}: an image is expected here, but neither the part nor 'images' brings one")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import accumulate
@@ -68,6 +68,8 @@ class Part:
             DataError: naming the file, the record and what is wrong.
         """
         record = self.store[self.selection[position]]
+        if self.source.metric is not None:
+            record = replace(record, extras={"metric": self.source.metric, **record.extras})
         return move_image_first(record) if self.source.image_first else record
 
     def manifest(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class Part:
             "image_root": None if source.image_root is None else str(source.image_root),
             "split": source.split,
             "task": source.task,
+            "metric": source.metric,
             "files": len(files),
             "bytes": sum(file.stat().st_size for file in files),
             "fingerprint": fingerprint(files),

@@ -17,6 +17,7 @@ from skipvision_train.data.formats import FORMATS
 from skipvision_train.data.mixture import Mixture, Part
 from skipvision_train.data.sources import Source, expand
 from skipvision_train.data.stores import container_of
+from skipvision_train.data.streams import Streams
 from skipvision_train.data.tables import HUB
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.resources import resource_dir
@@ -78,6 +79,16 @@ def load_records(recipe: Recipe) -> Mixture:
             part.hash,
         )
     return Mixture(recipe.name, parts)
+
+
+def load_streams(recipe: Recipe) -> Streams:
+    """The sources of a recipe as streams: no index is made, and what needs one is refused.
+
+    Raises:
+        ConfigError: a source that takes a number of records.
+        DataError: a file that cannot be opened, or another checksum.
+    """
+    return Streams.open(recipe.name, recipe.sources)
 
 
 def _recipe_file(base: str, root: str | Path | None) -> Path:
@@ -176,7 +187,7 @@ _TEXT = (_is_text, "text is expected")
 _TEXTS = (_is_texts, "text or a list of texts is expected")
 _SWITCH: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "true or false is expected")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("name", "format", "image_root", "split", "task", "public", "note"), _TEXT),
+    **dict.fromkeys(("name", "format", "image_root", "split", "task", "metric", "public", "note"), _TEXT),
     **dict.fromkeys(("path", "checksum"), _TEXTS),
     **dict.fromkeys(("image_first", "follow_links"), _SWITCH),
     "take": (_is_take, "use null or all, an integer of at least 1, or a fraction above 0 and at most 1"),

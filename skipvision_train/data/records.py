@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from skipvision_train.errors import DataError
 
@@ -98,6 +98,10 @@ class Turn:
     text: str
 
 
+EXTRAS = ("metric", "answers", "choices", "category", "group")
+"""What an entry may say for evaluation (``evaluation/tasks.py``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One sample of any file format.
@@ -108,6 +112,7 @@ class Record:
         images: in the order of their markers in ``turns``.
         turns: an optional system turn, then user and assistant in alternation, an assistant turn last.
         task: free label that evaluation groups by, or None.
+        extras: the entry's ``EXTRAS`` as they stand there, unchecked: evaluation alone reads them, and checks.
     """
 
     id: str
@@ -115,6 +120,7 @@ class Record:
     images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
     task: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def check_turns(turns: Sequence[Turn], last: str) -> None:

@@ -47,6 +47,7 @@ class Source:
         image_first: move the image of a turn to its front, as LLaVA-1.5 does to its data.
         follow_links: links below ``image_root`` may lead out of it.
         task: of the records that have none.
+        metric: how answers to the records that name none are scored (``evaluation/tasks.py``).
         public: where to get the data.
         note: what else there is to know.
     """
@@ -66,6 +67,7 @@ class Source:
     image_first: bool = False
     follow_links: bool = False
     task: str | None = None
+    metric: str | None = None
     public: str = ""
     note: str = ""
 

@@ -1,11 +1,11 @@
-"""Ask a model every question of a set of records, with the images or without, and count right answers."""
+"""Ask a model every question of a set of records, with the images or without, and score its answers."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice, repeat
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,12 +17,13 @@ from skipvision_train.analysis import flops
 from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.data.collate import collate
 from skipvision_train.data.images import load_image
-from skipvision_train.data.processor import SkipVisionProcessor
+from skipvision_train.data.processor import Example, SkipVisionProcessor
 from skipvision_train.data.records import IMAGE_MARKER, ImageRef, Record
 from skipvision_train.errors import DataError
-from skipvision_train.evaluation.metrics import exact_match
 from skipvision_train.evaluation.results import BlindScores, Prediction, SampleCost, Scores
+from skipvision_train.evaluation.tasks import METRICS, Target, target_of
 from skipvision_train.inference.decoding import Sampling, generate, on_device
+from skipvision_train.inference.likelihood import answer_ids, continuation_likelihoods
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.rules import TokenKind
@@ -98,10 +99,22 @@ def prompt_batches(
 
     Earlier answers of a record are part of its prompt, as they stand in the data.
     """
+    for examples in _examples(processor, records, images_of, batch_size):
+        yield _batch(model, processor, examples)
+
+
+def _examples(
+    processor: SkipVisionProcessor, records: Sequence[Record], images_of: ImageSource, batch_size: int
+) -> Iterator[list[Example]]:
     for start in range(0, len(records), batch_size):
         chunk = range(start, min(start + batch_size, len(records)))
-        examples = [processor.encode_prompt(records[i].turns[:-1], images_of(i)) for i in chunk]
-        yield on_device(model, collate(examples, padding_side="left", pad_id=processor.pad_id))
+        yield [processor.encode_prompt(records[i].turns[:-1], images_of(i)) for i in chunk]
+
+
+def _batch(
+    model: SkipVisionForConditionalGeneration, processor: SkipVisionProcessor, examples: Sequence[Example]
+) -> dict[str, Tensor]:
+    return on_device(model, collate(examples, padding_side="left", pad_id=processor.pad_id))
 
 
 def generate_answers(
@@ -115,6 +128,33 @@ def generate_answers(
     return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
+def likeliest_choices(
+    model: SkipVisionForConditionalGeneration,
+    processor: SkipVisionProcessor,
+    examples: Sequence[Example],
+    records: Sequence[Record],
+    targets: Sequence[Target],
+) -> list[str]:
+    """Of every record's choices the one that is the likeliest answer to its prompt; of equal ones the first.
+
+    Probabilities are those of the whole text, not per token, without the token that ends answers. No more rows than
+    ``examples`` run at a time.
+    """
+    ids = [
+        [answer_ids(processor, record.turns[:-1], example.image_tiles, choice) for choice in target.choices]
+        for example, record, target in zip(examples, records, targets, strict=True)
+    ]
+    found = continuation_likelihoods(
+        model,
+        lambda rows: _batch(model, processor, [examples[row] for row in rows]),
+        ids,
+        processor.pad_id,
+        len(examples),
+    )
+    best = [max(range(len(row)), key=lambda i, row=row: row[i].log_prob) for row in found]  # type: ignore[misc]
+    return [target.choices[index] for target, index in zip(targets, best, strict=True)]
+
+
 def predict(
     model: SkipVisionForConditionalGeneration,
     processor: SkipVisionProcessor,
@@ -124,9 +164,10 @@ def predict(
     images_of: ImageSource | None = None,
     root: Path | None = None,
 ) -> list[Prediction]:
-    """Answer the last question of every record, greedily, under the model's current plan.
+    """Answer the last question of every record under the model's current plan, and score the answer.
 
-    Rows are padded on the left and positions follow the mask, so the answers do not depend on ``batch_size``.
+    Answers are greedy, or the likeliest of the record's choices where its metric says so. Rows are padded on the left
+    and positions follow the mask, so the answers do not depend on ``batch_size``.
 
     Args:
         model: in evaluation mode.
@@ -138,31 +179,49 @@ def predict(
         root: image paths in the result are relative to it, where they lie below it.
 
     Raises:
-        DataError: an image that cannot be read.
+        ConfigError: an unknown metric.
+        DataError: an image that cannot be read, or a record without what its metric needs.
     """
-    images_of = images_of or file_images(records)
-    predictions: list[Prediction] = []
-    for batch in prompt_batches(model, processor, records, images_of, batch_size):
-        texts = generate_answers(model, processor, batch, max_new_tokens)
-        tiles = iter(batch["image_tiles"].tolist()) if "image_tiles" in batch else repeat(1)
-        for text, kinds in zip(texts, batch["token_kinds"].tolist(), strict=True):
-            record = records[len(predictions)]
-            question, answer = record.turns[-2].text, record.turns[-1].text
-            counts = Counter(kinds)
-            predictions.append(
-                Prediction(
-                    record_id=record.id,
-                    task=task_of(record),
-                    images=_file_names(record, root),
-                    question=question.replace(IMAGE_MARKER, "").strip(),
-                    answer=answer,
-                    output=text,
-                    correct=exact_match(text, answer),
-                    tiles=tuple(islice(tiles, len(record.images))),
-                    tokens={k.name.lower(): counts[int(k)] for k in TokenKind if k != TokenKind.PAD and counts[int(k)]},
-                )
-            )
-    return predictions
+    shown, targets = images_of or file_images(records), [target_of(record) for record in records]
+    predictions: dict[int, Prediction] = {}
+    for by_likelihood in (False, True):
+        rows = [i for i, target in enumerate(targets) if METRICS[target.metric].by_likelihood == by_likelihood]
+        asked, wanted = [records[row] for row in rows], [targets[row] for row in rows]
+        source = partial(_shown, shown, rows)
+        made: list[Prediction] = []
+        for examples in _examples(processor, asked, source, batch_size):
+            part = slice(len(made), len(made) + len(examples))
+            if by_likelihood:
+                texts = likeliest_choices(model, processor, examples, asked[part], wanted[part])
+            else:
+                texts = generate_answers(model, processor, _batch(model, processor, examples), max_new_tokens)
+            given = zip(texts, examples, asked[part], wanted[part], strict=True)
+            made += [_prediction(*answered, root) for answered in given]
+        predictions.update(zip(rows, made, strict=True))
+    return [predictions[row] for row in range(len(records))]
+
+
+def _shown(images_of: ImageSource, rows: Sequence[int], index: int) -> list[Image.Image]:
+    return images_of(rows[index])
+
+
+def _prediction(text: str, example: Example, record: Record, target: Target, root: Path | None) -> Prediction:
+    verdict, counts = METRICS[target.metric].judge(text, target), Counter(example.token_kinds)
+    return Prediction(
+        record_id=record.id,
+        task=task_of(record),
+        images=_file_names(record, root),
+        question=record.turns[-2].text.replace(IMAGE_MARKER, "").strip(),
+        answer=record.turns[-1].text,
+        output=text,
+        score=verdict.score,
+        tokens={k.name.lower(): counts[int(k)] for k in TokenKind if k != TokenKind.PAD and counts[int(k)]},
+        tiles=example.image_tiles,
+        metric=target.metric,
+        category=target.category,
+        group=target.group,
+        read=verdict.read,
+    )
 
 
 def _file_names(record: Record, root: Path | None) -> tuple[str, ...]:
@@ -181,7 +240,7 @@ def blind_scores(
     max_new_tokens: int,
     seed: int,
 ) -> BlindScores:
-    """Accuracy without seeing: the better of grey and shuffled images, by the mean over tasks.
+    """Scores without seeing: the better of grey and shuffled images, by the mean over tasks.
 
     Raises:
         DataError: images that cannot be shuffled (:func:`derange`).
@@ -189,7 +248,7 @@ def blind_scores(
     own = file_images(records)
     variants = {"grey": grey_images(own), "shuffled": shuffled_images(records, own, seed)}
     scores = {
-        name: Scores.of(predict(model, processor, records, batch_size, max_new_tokens, source))
+        name: Scores.of(predict(model, processor, records, batch_size, max_new_tokens, source), seed)
         for name, source in variants.items()
     }
     best = max(scores, key=lambda name: scores[name].mean.value)

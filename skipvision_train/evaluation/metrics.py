@@ -38,8 +38,8 @@ class Accuracy:
     total: int
 
 
-def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval at 95 % for ``correct`` of ``total``.
+def accuracy_interval(correct: float, total: int) -> tuple[float, float]:
+    """Wilson's score interval at 95 % for ``correct`` of ``total``; a sum of graded scores varies no more than a count.
 
     Raises:
         ValueError: no trials, or more successes than trials.
@@ -56,6 +56,32 @@ def accuracy(correct: int, total: int) -> Accuracy:
     """``correct / total`` with Wilson's interval."""
     low, high = accuracy_interval(correct, total)
     return Accuracy(correct / total, low, high, total)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A benchmark's own figure with its 95 % interval.
+
+    Attributes:
+        value: in [0, maximum].
+        low, high: the interval.
+        maximum: what a perfect model has.
+        total: questions that it rests on.
+    """
+
+    value: float
+    low: float
+    high: float
+    maximum: float
+    total: int
+
+
+def share(right: int, total: int, maximum: float = 1.0) -> Figure:
+    """``maximum * right / total`` with Wilson's interval; of nothing 0, and anything is possible."""
+    if total == 0:
+        return Figure(0.0, 0.0, maximum, maximum, 0)
+    low, high = accuracy_interval(right, total)
+    return Figure(maximum * (right / total), maximum * low, maximum * high, maximum, total)
 
 
 def mean_accuracy(tasks: Sequence[Accuracy]) -> Accuracy:

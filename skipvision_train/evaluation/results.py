@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from skipvision_train.errors import DataError, PlanError
-from skipvision_train.evaluation.metrics import Accuracy, accuracy, mean_accuracy
+from skipvision_train.evaluation.metrics import Accuracy, Figure, mean_accuracy
+from skipvision_train.evaluation.summaries import summarise
+from skipvision_train.evaluation.tasks import DEFAULT_METRIC
 from skipvision_train.files import read_json, write_json
 from skipvision_train.plans.plan import SkipPlan
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READABLE = (2, FORMAT_VERSION)
+"""Version 2 knew exact match alone and stored ``correct``."""
+
+_HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,14 @@ class Prediction:
         images: the record's images as file paths below the data root; empty where images are not files.
         question: the text of the last question, without image markers.
         answer: the right answer.
-        output: what the model wrote.
-        correct: whether both are the same after normalisation.
+        output: what the model wrote, or the likeliest of the choices.
+        score: in [0, 1], by ``metric``.
         tokens: positions of the prompt per kind, lower-case names; kinds that do not occur are left out.
         tiles: tiles of each image.
+        metric: how the answer was scored.
+        category: part of the benchmark; None without any.
+        group: what belongs together with other questions; None without any.
+        read: what the metric took the output for; empty if it found nothing in it, None if it takes the text as it is.
     """
 
     record_id: str
@@ -37,39 +47,90 @@ class Prediction:
     question: str
     answer: str
     output: str
-    correct: bool
+    score: float
     tokens: dict[str, int] = field(default_factory=dict)
     tiles: tuple[int, ...] = ()
+    metric: str = DEFAULT_METRIC
+    category: str | None = None
+    group: str | None = None
+    read: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer has at least half of what it could have."""
+        return self.score >= _HALF
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Prediction:
+        """Read the JSON form, also the one of version 2."""
+        values = {name: value for name, value in data.items() if name != "correct"}
+        values["score"] = float(data["correct"] if "correct" in data else data["score"])
+        return cls(**{**values, "images": tuple(data["images"]), "tiles": tuple(data["tiles"])})
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy of every task in alphabetical order, and their unweighted mean."""
+    """What the tasks score, in alphabetical order.
+
+    Attributes:
+        mean: the unweighted mean over tasks.
+        tasks: per task the mean score of its questions; of MME the share of what its subtasks can reach.
+        metrics: per task how its answers were scored.
+        details: per task the benchmark's own figures by name; empty where the score says it all.
+    """
 
     mean: Accuracy
     tasks: dict[str, Accuracy]
+    metrics: dict[str, str] = field(default_factory=dict)
+    details: dict[str, dict[str, Figure]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, predictions: Iterable[Prediction]) -> Scores:
-        """Group by task and count.
+    def of(cls, predictions: Iterable[Prediction], seed: int = 0) -> Scores:
+        """Group by task and add up.
+
+        Args:
+            predictions: in any order.
+            seed: of the resampling, for intervals of figures that are no shares.
 
         Raises:
-            ValueError: no predictions.
+            ValueError: no predictions, or a task with two metrics.
         """
-        outcomes: dict[str, list[bool]] = {}
+        answers: dict[str, list[Prediction]] = {}
         for prediction in predictions:
-            outcomes.setdefault(prediction.task, []).append(prediction.correct)
-        tasks = {task: accuracy(sum(outcomes[task]), len(outcomes[task])) for task in sorted(outcomes)}
-        return cls(mean_accuracy(list(tasks.values())), tasks)
+            answers.setdefault(prediction.task, []).append(prediction)
+        tasks, metrics, details = {}, {}, {}
+        for task, rows in sorted(answers.items()):
+            metrics[task] = rows[0].metric
+            if others := {row.metric for row in rows} - {metrics[task]}:
+                raise ValueError(f"task {task!r} is scored by {metrics[task]} and {others.pop()}")
+            tasks[task], details[task] = summarise(metrics[task], rows, seed, task)
+        return cls(mean_accuracy(list(tasks.values())), tasks, metrics, details)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: the mean's fields, and ``tasks``."""
-        return {**_accuracy_to_dict(self.mean), "tasks": {t: _accuracy_to_dict(a) for t, a in self.tasks.items()}}
+        tasks = {
+            task: {
+                **_accuracy_to_dict(value),
+                "metric": self.metrics[task],
+                "details": {name: asdict(figure) for name, figure in self.details[task].items()},
+            }
+            for task, value in self.tasks.items()
+        }
+        return {**_accuracy_to_dict(self.mean), "tasks": tasks}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scores:
-        """Read the JSON form."""
-        return cls(_accuracy_from_dict(data), {t: _accuracy_from_dict(a) for t, a in data["tasks"].items()})
+        """Read the JSON form, also the one of version 2."""
+        tasks = data["tasks"]
+        return cls(
+            _accuracy_from_dict(data),
+            {task: _accuracy_from_dict(value) for task, value in tasks.items()},
+            {task: value.get("metric", DEFAULT_METRIC) for task, value in tasks.items()},
+            {
+                task: {name: Figure(**figure) for name, figure in value.get("details", {}).items()}
+                for task, value in tasks.items()
+            },
+        )
 
 
 def _accuracy_to_dict(value: Accuracy) -> dict[str, Any]:
@@ -194,10 +255,7 @@ class EvaluationResult:
             plan=SkipPlan.from_dict(data["plan"]),
             scores=Scores.from_dict(data),
             cost=SampleCost(**data["cost"]),
-            predictions=tuple(
-                Prediction(**{**p, "images": tuple(p["images"]), "tiles": tuple(p["tiles"])})
-                for p in data["predictions"]
-            ),
+            predictions=tuple(Prediction.from_dict(p) for p in data["predictions"]),
             blind=blind and BlindScores(blind["variant"], Scores.from_dict(blind), blind["means"]),
             timing=timing and {name: Timing(**values) for name, values in timing.items()},
             seed=data["seed"],
@@ -216,9 +274,9 @@ class EvaluationResult:
             DataError: the file is missing, is no JSON, or is no evaluation; the message names it.
         """
         data = read_json(path)
-        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-            raise DataError(f"{path}: not an evaluation of format_version {FORMAT_VERSION}")
+        if not isinstance(data, dict) or data.get("format_version") not in _READABLE:
+            raise DataError(f"{path}: not an evaluation of format_version {' or '.join(map(str, _READABLE))}")
         try:
             return cls.from_dict(data)
-        except (KeyError, TypeError, PlanError) as error:
+        except (KeyError, TypeError, ValueError, PlanError) as error:
             raise DataError(f"{path}: not an evaluation: {type(error).__name__}: {error}") from error

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 from skipvision_train.adapters.apply import AppliedPlan, apply, visual_token_ids
 from skipvision_train.adapters.chat import encode_chats
 from skipvision_train.adapters.prompts import PromptReader
+from skipvision_train.analysis.flops import sequence_flops
 from skipvision_train.config.plans import PlanSpec, build_plan, load_bank
 from skipvision_train.data.collate import collate
-from skipvision_train.errors import DataError
+from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.inference.conversation import Conversation, Picture
 from skipvision_train.inference.decoding import Generated, Sampling, TextPieces, generate, on_device
+from skipvision_train.inference.likelihood import Likelihood, answer_ids, chat_answer_ids, continuation_likelihoods
 from skipvision_train.inference.loading import load_model
 from skipvision_train.inference.replies import Reply
 from skipvision_train.models.identity import model_hash
@@ -148,7 +150,10 @@ class Assistant:
         Raises:
             DataError: as :meth:`reply`.
         """
-        inputs = self.encode(conversations)
+        return self.answer(self.encode(conversations), sampling)
+
+    def answer(self, inputs: Mapping[str, Tensor], sampling: Sampling | None = None) -> list[Reply]:
+        """The next turns behind prompts that :meth:`encode` has made, which several plans can share."""
         return self._replies(inputs, self._generate(inputs, sampling or Sampling()))
 
     def stream(self, conversation: Conversation, sampling: Sampling | None = None) -> Stream:
@@ -164,12 +169,48 @@ class Assistant:
 
         return Stream(TextPieces(self.processor.tokenizer), set(self.end_ids), run)
 
+    def log_likelihoods(
+        self,
+        conversations: Sequence[Conversation],
+        continuations: Sequence[Sequence[str]],
+        batch_size: int | None = None,
+    ) -> list[list[Likelihood]]:
+        """How likely each of several answers is as the next turn, under the plan.
+
+        An answer is tokenized as the template writes it behind the prompt; the token that ends answers is left out.
+
+        Args:
+            conversations: each ends with a question.
+            continuations: the answers to each of them.
+            batch_size: rows per forward pass, which changes nothing else; None takes all at once.
+
+        Raises:
+            DataError: as :meth:`reply`, or an answer that the template cannot write.
+            ValueError: not one list of answers for every conversation.
+        """
+        for conversation in conversations:
+            conversation.check()
+        ids = [
+            [self._answer_ids(conversation, text) for text in texts]
+            for conversation, texts in zip(conversations, continuations, strict=True)
+        ]
+        return continuation_likelihoods(
+            self.model, lambda rows: self.encode([conversations[row] for row in rows]), ids, self.pad_id, batch_size
+        )
+
+    def _answer_ids(self, conversation: Conversation, text: str) -> list[int]:
+        if not self.is_ours:
+            return chat_answer_ids(self.processor, conversation.turns, conversation.images, text)
+        tiles = [self.processor.tiles_of(*image.size) for image in conversation.images]
+        return answer_ids(self.processor, conversation.turns, tiles, text)
+
     # --- tensors ---------------------------------------------------------------------------------------------------
 
     def encode(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """Left-padded prompts on the model's device.
 
         Raises:
+            ConfigError: the processor cannot show images, or not pad several prompts.
             DataError: as :meth:`reply`.
         """
         for conversation in conversations:
@@ -179,6 +220,8 @@ class Assistant:
             return on_device(self.model, collate(examples, padding_side="left", pad_id=self.pad_id))
         try:
             inputs = encode_chats(self.model, self.processor, [(c.turns, c.images) for c in conversations])
+        except ConfigError:
+            raise
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"conversation: {type(self.processor).__name__} cannot write it: {reason}") from error
@@ -212,6 +255,15 @@ class Assistant:
         else:
             ids = visual_token_ids(self.model)
         return PromptReader(ids).kinds(inputs["input_ids"], inputs.get("attention_mask"))
+
+    def prefill_flops(self, prompt: Mapping[str, int]) -> float:
+        """FLOPs of the decoder layers for a prompt under the plan that runs now (``analysis.flops``).
+
+        Args:
+            prompt: positions per kind, as :attr:`Reply.prompt` has them.
+        """
+        counts = {TokenKind[name.upper()]: number for name, number in prompt.items()}
+        return sequence_flops(find_decoder(self.model).config, counts, self.plan).total
 
     def _generate(
         self,
