@@ -13,6 +13,7 @@ from skipvision_train.data.images import load_image
 from skipvision_train.data.mixture import Mixture
 from skipvision_train.data.processor import Example, SkipVisionProcessor
 from skipvision_train.data.records import Record, text_bytes
+from skipvision_train.data.streams import Streams
 from skipvision_train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class RecordDataset(Dataset["Example | None"]):
     path that leaves the image root, a broken image, too long.
 
     Args:
-        records: what ``load_records`` gives, or a list.
+        records: what ``load_records`` gives, or a list; of streams a record is asked for by its reference.
         processor: encodes them.
         template: chat format; None is the processor's own.
         max_length: longest sequence in tokens; later pairs of question and answer are left out, images never.
@@ -37,16 +38,21 @@ class RecordDataset(Dataset["Example | None"]):
             instead.
         error_budget: with ``skip``: one more than so many unusable records is an error. Counted over all workers of one
             training process, and a record that is met again counts once.
+        draft: decode large JPEGs smaller where that is enough (``load_image``).
+        resizer: see ``resizing.bicubic``.
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[Record] | Streams,
         processor: SkipVisionProcessor,
         template: str | None = None,
         max_length: int | None = None,
         on_error: str = "error",
         error_budget: int = 100,
+        *,
+        draft: bool = False,
+        resizer: str = "auto",
     ) -> None:
         if on_error not in ("error", "skip"):
             raise ConfigError(f"data.on_error: {on_error!r} is unknown; use error or skip")
@@ -58,12 +64,19 @@ class RecordDataset(Dataset["Example | None"]):
         self.max_length = max_length
         self.on_error = on_error
         self.error_budget = error_budget
-        own = sum(source.max_malformed or 0 for source in records.sources) if isinstance(records, Mixture) else 0
+        self._shrink = processor.draft_factor if draft else None
+        self._resizer = resizer
+        sources = records.sources if isinstance(records, Mixture | Streams) else ()
+        own = sum(source.max_malformed or 0 for source in sources)
         # How many records were left out, and which: shared by the workers. The budgets bound them.
-        self._left_out = multiprocessing.Array("q", 1 + min(error_budget + own, len(records)))
+        most = error_budget + own
+        self._left_out = multiprocessing.Array(
+            "q", 1 + (most if isinstance(records, Streams) else min(most, len(records)))
+        )
 
     def __len__(self) -> int:
-        return len(self.records)
+        """How many records there are; nobody knows of streams, which raise TypeError."""
+        return len(self.records)  # type: ignore[arg-type]
 
     @property
     def skipped(self) -> int:
@@ -78,8 +91,8 @@ class RecordDataset(Dataset["Example | None"]):
         """
         try:
             record = self.records[index]
-            images = [load_image(image, f"{record.id} of {record.source}") for image in record.images]
-            return self.processor.encode(record, images, self.max_length, self.template)
+            images = [load_image(image, f"{record.id} of {record.source}", self._shrink) for image in record.images]
+            return self.processor.encode(record, images, self.max_length, self.template, self._resizer)
         except DataError as error:
             self._leave_out(index, error)
             return None
@@ -102,11 +115,12 @@ class RecordDataset(Dataset["Example | None"]):
                 raise DataError(f"{count} records could not be used, {name} is {budget}; the last: {error}") from error
             self._left_out[0] += 1
             self._left_out[self._left_out[0]] = index
-        logger.warning("left out record %d (%d so far): %s", index, count, error)
+        number = "" if isinstance(self.records, Streams) else f" {index}"
+        logger.warning("left out record%s (%d so far): %s", number, count, error)
 
     def _budget(self, index: int) -> tuple[str, int | None]:
         """What bounds the number of unusable records that this one counts among, and the bound; None allows none."""
-        source = self.records.source_of(index) if isinstance(self.records, Mixture) else None
+        source = self.records.source_of(index) if isinstance(self.records, Mixture | Streams) else None
         if source is not None and source.max_malformed is not None:
             return f"max_malformed of {source.name}", source.max_malformed
         return "data.error_budget", self.error_budget if self.on_error == "skip" else None
@@ -122,7 +136,8 @@ class RecordDataset(Dataset["Example | None"]):
         if isinstance(self.records, Mixture):
             images, text = self.records.image_counts.astype(np.int64), self.records.sizes
         else:
-            images = np.array([len(record.images) for record in self.records], np.int64)
-            text = np.array([text_bytes(record) for record in self.records], np.int64)
+            records = [self.records[i] for i in range(len(self))]
+            images = np.array([len(record.images) for record in records], np.int64)
+            text = np.array([text_bytes(record) for record in records], np.int64)
         lengths: list[int] = (images * visual + text // BYTES_PER_TOKEN).tolist()
         return lengths

@@ -101,9 +101,9 @@ class Feistel:
         high, low = places >> low_bits, places & low_mask
         for i, key in enumerate(self._keys):
             if i % 2:
-                low = low ^ (_mix(high ^ key) & low_mask)
+                low = low ^ (mix(high ^ key) & low_mask)
             else:
-                high = high ^ (_mix(low ^ key) & high_mask)
+                high = high ^ (mix(low ^ key) & high_mask)
         return (high << low_bits) | low
 
 
@@ -220,7 +220,7 @@ def walk(order: Order, length: int) -> Iterator[int]:
         done += stop - start
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scatter 64-bit integers (the finaliser of SplitMix64; overflow wraps)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

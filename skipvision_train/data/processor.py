@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from skipvision_train.data.images import load_image
 from skipvision_train.data.messages import chat_template, conversation_turns, flat_messages
 from skipvision_train.data.records import Record, Turn
 from skipvision_train.data.templates import Encoded, get_template, split_special, token_ids
-from skipvision_train.data.tiling import num_tiles, to_tiles
+from skipvision_train.data.tiling import draft_factor, num_tiles, to_tiles
 from skipvision_train.errors import DataError
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.settings import TilingConfig, VisionConfig
@@ -35,6 +35,8 @@ class Example:
         token_kinds: as long as ``input_ids``, :class:`TokenKind` values.
         pixel_values: (tiles, 3, S, S) float32, the images' tiles in order of appearance, or None without images.
         image_tiles: tiles of each image.
+        record: id of the record that it was encoded from; empty for other samples.
+        source: the record's source.
     """
 
     input_ids: list[int]
@@ -42,6 +44,8 @@ class Example:
     token_kinds: list[int]
     pixel_values: Tensor | None
     image_tiles: tuple[int, ...] = ()
+    record: str = ""
+    source: str = ""
 
 
 class SkipVisionProcessor(ProcessorMixin):
@@ -119,6 +123,10 @@ class SkipVisionProcessor(ProcessorMixin):
         """How many tiles an image of this size in pixels becomes, the global view included."""
         return num_tiles(width, height, self._tiling_config, self._vision_config.image_size)
 
+    def draft_factor(self, width: int, height: int) -> int:
+        """By how much a JPEG of this size in pixels may be decoded smaller; its number of tiles stays the same."""
+        return draft_factor(width, height, self._tiling_config, self._vision_config.image_size)
+
     def tokens_of(self, tiles: int) -> int:
         """How many placeholders an image of so many tiles has."""
         return len(self._kinds[tiles])
@@ -145,6 +153,7 @@ class SkipVisionProcessor(ProcessorMixin):
         images: Sequence[Image.Image] = (),
         max_length: int | None = None,
         template: str | None = None,
+        resizer: str = "auto",
     ) -> Example:
         """A training sample.
 
@@ -153,6 +162,7 @@ class SkipVisionProcessor(ProcessorMixin):
             images: decoded, in order of their markers.
             max_length: see :meth:`Template.encode`.
             template: instead of the processor's own.
+            resizer: see ``resizing.bicubic``.
 
         Raises:
             DataError: naming the record, if a record was given.
@@ -168,7 +178,8 @@ class SkipVisionProcessor(ProcessorMixin):
             if isinstance(sample, Record):
                 raise DataError(f"record {sample.id} of {sample.source}: {error}") from error
             raise
-        return self._example(encoded, images, tiles, encoded.labels)
+        example = self._example(encoded, images, tiles, encoded.labels, resizer)
+        return replace(example, record=sample.id, source=sample.source) if isinstance(sample, Record) else example
 
     def encode_prompt(
         self, turns: Sequence[Turn], images: Sequence[Image.Image] = (), template: str | None = None
@@ -186,12 +197,17 @@ class SkipVisionProcessor(ProcessorMixin):
         return self._example(encoded, images, tiles, [])
 
     def _example(
-        self, encoded: Encoded, images: Sequence[Image.Image], tiles: Sequence[int], labels: list[int]
+        self,
+        encoded: Encoded,
+        images: Sequence[Image.Image],
+        tiles: Sequence[int],
+        labels: list[int],
+        resizer: str = "auto",
     ) -> Example:
         kinds = [int(TokenKind.TEXT)] * len(encoded.input_ids)
         for start, count in zip(encoded.image_starts, tiles, strict=True):
             kinds[start : start + self.tokens_of(count)] = self._kinds[count]
-        pixels = [to_tiles(image, self._vision_config, self._tiling_config) for image in images]
+        pixels = [to_tiles(image, self._vision_config, self._tiling_config, resizer) for image in images]
         together = torch.cat(pixels) if len(pixels) > 1 else next(iter(pixels), None)  # one image is not copied
         return Example(encoded.input_ids, labels, kinds, together, tuple(tiles))
 

@@ -75,7 +75,7 @@ class TarEntries:
         self.paths = list(paths)
         self._indices: OrderedDict[int, list[Group]] = OrderedDict()
         self._measured: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-        listed = [_listed_sizes(folder) for folder in {path.parent: None for path in self.paths}]
+        listed = [listed_sizes(folder) for folder in {path.parent: None for path in self.paths}]
         sizes = {path: count for folder in listed for path, count in folder.items()}
         counts = self._listed(sizes) if sizes else self._counted()
         self._bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -230,7 +230,12 @@ def _check_end(path: Path, end: int) -> None:
             raise DataError(f"{path}: cut within its last member")
 
 
-def _listed_sizes(folder: Path) -> dict[Path, int]:
+def listed_sizes(folder: Path) -> dict[Path, int]:
+    """The entries of every shard of a folder, as ``sizes.json`` says; empty without it.
+
+    Raises:
+        DataError: the file holds something else.
+    """
     file = folder / SIZES
     if not file.is_file():
         return {}

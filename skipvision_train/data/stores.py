@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -74,15 +74,10 @@ class RecordStore:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        name = ""
-        try:
-            entry = self.entries.entry(index)
-            if isinstance(entry, dict) and isinstance(entry.get("id"), str | int):
-                name = f" (id {shown(entry['id'])})"
-            record = read_record(entry, FORMATS[self.form], Place(self.source, index, self.image_root, self._real_root))
-        except DataError as error:
-            raise DataError(f"{self.entries.where(index)}{name}: {error}") from error
-        return record if record.task is not None else replace(record, task=self.task)
+        place = Place(self.source, index, self.image_root, self._real_root)
+        return record_of(
+            lambda: self.entries.entry(index), lambda: self.entries.where(index), self.form, place, self.task
+        )
 
     def size(self, index: int) -> int:
         """Bytes of a record's text, estimated; see :attr:`sizes`."""
@@ -131,6 +126,32 @@ class RecordStore:
             return text_bytes(self[index])
         except DataError:  # counted where it is asked for in earnest
             return None
+
+
+def record_of(
+    read: Callable[[], Any], where: Callable[[], str], form: str, place: Place, task: str | None = None
+) -> Record:
+    """Read an entry and make a record of it.
+
+    Args:
+        read: gives the entry.
+        where: its place in words.
+        form: name of a format.
+        place: what the format has to know.
+        task: of a record that has none.
+
+    Raises:
+        DataError: naming place and id, and what is wrong.
+    """
+    name = ""
+    try:
+        entry = read()
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str | int):
+            name = f" (id {shown(entry['id'])})"
+        record = read_record(entry, FORMATS[form], place)
+    except DataError as error:
+        raise DataError(f"{where()}{name}: {error}") from error
+    return record if record.task is not None else replace(record, task=task)
 
 
 class JoinedEntries:

@@ -30,7 +30,7 @@ BLOCK = 1_000
 
 
 # What pyarrow raises on damaged files. A list, so that a bug of ours is not taken for one.
-_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
+ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 
 
 class ParquetEntries:
@@ -48,7 +48,7 @@ class ParquetEntries:
             metadata = self._parquet().metadata
             rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             self._columns = {text_bytes: self._text_columns(), image_count: self._image_columns()}
-        except _ARROW_ERRORS as error:
+        except ARROW_ERRORS as error:
             raise DataError(f"{path}: no parquet file that can be read: {_line(error)}") from error
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise DataError(f"{path}: damaged: {sum(rows)} rows in row groups, {metadata.num_rows} in the file")
@@ -71,7 +71,7 @@ class ParquetEntries:
                 self._groups.popitem(last=False)
             self._groups[group] = self._read(group)
         self._groups.move_to_end(group)
-        return _row(self._groups[group], index - int(self._bounds[group]))
+        return row_of(self._groups[group], index - int(self._bounds[group]))
 
     def where(self, index: int) -> str:
         """The place of a row in words."""
@@ -117,7 +117,7 @@ class ParquetEntries:
         try:
             # Without threads: this runs in loader processes, one of which is meant to take one core.
             table = self._parquet().read_row_group(group, columns=columns, use_threads=False)
-        except _ARROW_ERRORS as error:
+        except ARROW_ERRORS as error:
             raise DataError(f"row group {group} cannot be read: {_line(error)}") from error
         if table.num_rows != (expected := int(self._bounds[group + 1] - self._bounds[group])):
             raise DataError(f"row group {group} holds {table.num_rows} rows, the file's metadata says {expected}")
@@ -149,7 +149,7 @@ class DatasetEntries:
 
     def __init__(self, location: str, split: str | None = None) -> None:
         self.location = location
-        loaded = _from_hub(location, split) if location.startswith(HUB) else _from_disk(location, split)
+        loaded = from_hub(location, split) if location.startswith(HUB) else _from_disk(location, split)
         self._data: Any = loaded.with_format("arrow")
         if not len(self):
             raise DataError(f"{location}: holds no records")
@@ -165,9 +165,9 @@ class DatasetEntries:
         """
         try:
             table = self._data[index : index + 1]
-        except _ARROW_ERRORS as error:
+        except ARROW_ERRORS as error:
             raise DataError(f"the row cannot be read: {_line(error)}") from error
-        return _row(table, 0)
+        return row_of(table, 0)
 
     def where(self, index: int) -> str:
         """The place of a row in words."""
@@ -269,12 +269,12 @@ def _image_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if any(map(_is_image, _leaves(field.type)))]
 
 
-def _row(table: pa.Table, index: int) -> dict[str, Any]:
+def row_of(table: pa.Table, index: int) -> dict[str, Any]:
     try:
         return dict(table.slice(index, 1).to_pylist()[0])
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text: {_line(error)}") from error
-    except _ARROW_ERRORS as error:  # such as a time stamp that Python has no value for
+    except ARROW_ERRORS as error:  # such as a time stamp that Python has no value for
         raise DataError(f"the row cannot be read: {_line(error)}") from error
 
 
@@ -293,7 +293,12 @@ def _from_disk(location: str, split: str | None) -> Any:
     return loaded[split]
 
 
-def _from_hub(location: str, split: str | None) -> Any:
+def from_hub(location: str, split: str | None, streaming: bool = False) -> Any:
+    """Open a data set of the hub, through the cache or as a stream.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
     import datasets
 
     name, revision, config = location.removeprefix(HUB), None, None
@@ -303,7 +308,8 @@ def _from_hub(location: str, split: str | None) -> Any:
     else:
         name, _, revision = name.partition("@")
     try:
-        return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None)
+        more = {"streaming": True} if streaming else {}
+        return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None, **more)
     except (OSError, ValueError, KeyError, RuntimeError, pa.ArrowException) as error:
         raise DataError(f"{location}: cannot be loaded: {_line(error)}") from error
 

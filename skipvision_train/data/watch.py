@@ -36,6 +36,7 @@ class WatchedDataset(Dataset[T]):
     def __init__(self, samples: Dataset[T], name: Callable[[int], str], workers: int) -> None:
         self.samples = samples
         self.name = name
+        self._own = -1  # what this process reads, where there are no workers
         self._reading = multiprocessing.RawArray("q", 2 * max(1, workers))  # (process id, index) of every worker
 
     def __len__(self) -> int:
@@ -49,7 +50,9 @@ class WatchedDataset(Dataset[T]):
             RuntimeError: anything else, with the record's name in front.
         """
         worker = get_worker_info()
-        if worker is not None:
+        if worker is None:
+            self._own = index
+        else:
             self._reading[2 * worker.id : 2 * worker.id + 2] = [multiprocessing.current_process().pid or 0, index]
         try:
             return self.samples[index]
@@ -57,6 +60,11 @@ class WatchedDataset(Dataset[T]):
             raise
         except Exception as error:
             raise RuntimeError(f"{self.name(index)}: {type(error).__name__}: {error}") from error
+
+    def reading(self) -> tuple[str, ...]:
+        """Names of the records that are being read, or were last, by this process and its workers."""
+        indices = [index for process, index in zip(self._reading[::2], self._reading[1::2], strict=True) if process]
+        return tuple(self._name(index) for index in ([self._own] if self._own >= 0 else indices))
 
     def guard(self, run: Callable[[], R]) -> R:
         """``run()``, in which a loader reads this data set; if a worker process is lost, the error names its record.
