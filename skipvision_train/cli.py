@@ -1,5 +1,7 @@
 """``skipvision <command> [overrides]``: find the command, compose its configuration with Hydra, run it.
 
+A command is one word or two (``data check``); the ``data`` ones take a recipe as their one positional argument.
+
 Only the standard library is imported at module level, so that ``skipvision --help`` answers at once.
 """
 
@@ -18,13 +20,25 @@ COMMANDS = {
     "train": "train one stage; with --dry-run only show what would be trained",
     "sketches": "write the embedded data set",
     "calibrate": "measure what each layer gives visual tokens and find a skip plan",
+    "export": "a checkpoint of a run as a plain model directory",
     "evaluate": "score a model on tasks",
+    "bench": "plans side by side on your questions: score, FLOPs, times, memory",
     "generate": "answer questions about images",
+    "serve": "a page on which people ask a model about their images",
     "analyze": "the analyses of the Skip-Vision paper on a checkpoint",
+    "data check": "read everything of a recipe; what cannot be used, what an epoch takes",
+    "data preview": "a page with samples of a recipe, and which tokens are supervised",
     "flops": "what a prefill costs under a plan; needs no model",
+    "plan-run": "memory, communication and time of a stage on any number of GPUs; needs none",
     "report": "tables and figures from finished runs",
     "demo": "the whole road on the embedded data set",
 }
+
+_GROUPS = {"data": "RECIPE"}
+"""First words of commands of two, and the positional argument that these commands take."""
+
+# Hydra's options whose value is an argument of its own.
+_WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
 
 # No working-directory change, no .hydra folder, no log files: a run's folder holds what the run itself writes, and
 # under torchrun every rank composes. A user's own override of one of these keys replaces it.
@@ -43,16 +57,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, or 1 after ``error: ...`` on stderr for a mistake the user can mend."""
     arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(usage())
+        show(usage())
         raise SystemExit(0)
     if arguments[0] == "--version":
         from skipvision_train import __version__
 
         sys.stdout.write(f"skipvision {__version__}\n")
         raise SystemExit(0)
-    name, *rest = arguments
-    if name not in COMMANDS:
-        fail(f"{name!r} is no command{suggestion(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+    name, rest = command_name(arguments)
     try:
         run_command(name, rest)
     except KeyboardInterrupt:
@@ -61,10 +73,66 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     raise SystemExit(0)
 
 
-def usage() -> str:
-    """The text of ``skipvision --help``."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+def command_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, and what stands behind it with a recipe spelled out as ``recipe=...``.
+
+    Raises:
+        SystemExit: after an error message for an unknown command, or after the help of a first word.
+    """
+    first, *rest = arguments
+    if first not in _GROUPS:
+        if first not in COMMANDS or " " in first:
+            fail(f"{first!r} is no command{suggestion(first, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+        return first, rest
+    known = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if rest[:1] in (["-h"], ["--help"]):
+        show(usage(known))
+        raise SystemExit(0)
+    if not rest or rest[0].startswith("-"):
+        fail(f"{first!r} needs a second word; commands are {', '.join(known)}")
+    name = f"{first} {rest[0]}"
+    if name not in known:
+        fail(f"{name!r} is no command{suggestion(name, known)}; commands are {', '.join(known)}")
+    return name, _named_recipe(name, rest[1:])
+
+
+def _named_recipe(name: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments, a recipe among them as an override."""
+    found = [
+        place
+        for place, argument in enumerate(arguments)
+        if "=" not in argument
+        and not argument.startswith(("-", "~"))
+        and not (place and arguments[place - 1] in _WITH_VALUE)
+    ]
+    given = [arguments[place] for place in found] + [text for text in arguments if text.startswith("recipe=")]
+    if len(given) > 1:
+        fail(f"{name} takes one recipe, found {' and '.join(given)}")
+    result = list(arguments)
+    for place in found:
+        quoted = arguments[place].replace("'", "\\'")
+        result[place] = f"recipe='{quoted}'"  # quotes: a path may hold what Hydra's grammar gives a meaning
+    return result
+
+
+def _positional(name: str) -> str:
+    return f" {_GROUPS[name.split()[0]]}" if " " in name else ""
+
+
+def show(text: str) -> None:
+    """Write to stdout; a reader that has seen enough (``| head``) is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def usage(names: Iterable[str] = COMMANDS) -> str:
+    """The text of ``skipvision --help``, with some of the commands."""
+    shown = {name: name + _positional(name) for name in names}
+    width = max(map(len, shown.values()))
+    lines = [f"  {words:<{width}}  {COMMANDS[name]}" for name, words in shown.items()]
     return "\n".join(
         [
             "usage: skipvision <command> [key=value ...]",
@@ -91,11 +159,18 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Compose the configuration of one command from ``conf/<name>.yaml`` and overrides, and run it.
+    """Compose the configuration of one command from its file in ``conf/`` and overrides, and run it.
 
     Raises:
         SystemExit: after an error message for everything a user can mend.
     """
+    if "--help" in arguments or "-h" in arguments:
+        from skipvision_train.config.reference import help_text
+
+        show(
+            help_text(name, COMMANDS[name], f"skipvision {name}{_positional(name)} [group=file ...] [field=value ...]")
+        )
+        return
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -103,10 +178,11 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
     from skipvision_train.resources import resource_dir
 
-    module = importlib.import_module(f"skipvision_train.commands.{name}")
-    ConfigStore.instance().store(name=f"{name}_schema", node=module.Config)
+    file = module_name(name)
+    module = importlib.import_module(f"skipvision_train.commands.{file}")
+    ConfigStore.instance().store(name=f"{file}_schema", node=module.Config)
     sys.argv = [f"skipvision {name}", *hydra_arguments(name, arguments, module.Config)]
-    application = hydra.main(version_base="1.3", config_path=str(resource_dir("conf")), config_name=name)
+    application = hydra.main(version_base="1.3", config_path=str(resource_dir("conf")), config_name=file)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         application(_task(module.run))()
         return
@@ -120,16 +196,22 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+def module_name(command: str) -> str:
+    """Of a command's module in ``skipvision_train.commands``, and of its file in ``conf/``."""
+    return command.replace(" ", "_").replace("-", "_")
+
+
 def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[str]:
     """The user's arguments with ours beside them, and ``--dry-run`` as an override.
 
     Ours stand directly before the user's first override: Hydra's parser takes only one run of overrides.
     """
-    if any(field.name == "plan" and field.type == "PlanSpec" for field in dataclasses.fields(schema)):
+    types = {field.name: field.type for field in dataclasses.fields(schema)}
+    if types.get("plan") in ("PlanSpec", "PlanSpec | None"):
         arguments = [part for argument in arguments for part in _plan_file(argument)]
     given = {argument.lstrip("+~").split("=", 1)[0] for argument in arguments}
-    ours = [setting for setting in (*HYDRA_SETTINGS, *_help(name)) if setting.split("=", 1)[0] not in given]
-    if any(field.name == "dry_run" for field in dataclasses.fields(schema)) and "--dry-run" in arguments:
+    ours = [setting for setting in HYDRA_SETTINGS if setting.split("=", 1)[0] not in given]
+    if "dry_run" in types and "--dry-run" in arguments:
         ours.append("dry_run=true")
         arguments = [argument for argument in arguments if argument != "--dry-run"]
     overrides = (i for i, a in enumerate(arguments) if not a.startswith("-") and ("=" in a or a.startswith("~")))
@@ -143,13 +225,6 @@ def _plan_file(argument: str) -> tuple[str, ...]:
     if key != "plan" or not value.endswith(".json"):
         return (argument,)
     return "plan=file", f"plan.path='{value}'"
-
-
-def _help(name: str) -> tuple[str, ...]:
-    return (
-        f"hydra.help.app_name='skipvision {name}'",
-        f"hydra.help.header='skipvision {name}: {COMMANDS[name]}'",
-    )
 
 
 def _task(run: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -22,3 +22,7 @@ class CheckpointError(SkipVisionError):
 
 class PlanError(SkipVisionError):
     """A skip plan that is malformed, contradicts itself, or does not fit the model's depth."""
+
+
+class TrainingError(SkipVisionError):
+    """Training that cannot go on: numbers that are not finite, too little memory, processes that do not fit."""

@@ -16,9 +16,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from skipvision_train.analysis.analysis_section import analysis_section
+from skipvision_train.analysis.bench_section import bench_section
 from skipvision_train.analysis.calibration_report import Calibration, section
-from skipvision_train.analysis.figures import data_uri, embed, loss_curves, task_bars
+from skipvision_train.analysis.figures import data_uri, embed, task_bars
+from skipvision_train.analysis.training_figures import training_cards
 from skipvision_train.errors import DataError
+from skipvision_train.evaluation.bench_results import BenchResult
 from skipvision_train.evaluation.metrics import Accuracy
 from skipvision_train.evaluation.results import EvaluationResult, Prediction
 
@@ -37,6 +41,8 @@ class ReportInputs:
         evaluation: the model under its own plan; None leaves accuracy, cost and examples out.
         others: name in the tables, and the same model under another plan (V-Skip, say).
         calibrations: per name.
+        analyses: per name, what an ``analysis.json`` holds.
+        benches: per name, plans side by side.
         examples: how many held-out questions are shown.
     """
 
@@ -45,6 +51,8 @@ class ReportInputs:
     evaluation: EvaluationResult | None = None
     others: Mapping[str, EvaluationResult] = field(default_factory=dict)
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    analyses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    benches: Mapping[str, BenchResult] = field(default_factory=dict)
     examples: int = 12
 
 
@@ -112,11 +120,15 @@ def render_report(inputs: ReportInputs, load_picture: Callable[[str], Image.Imag
     """
     evaluation = inputs.evaluation
     predictions = evaluation.predictions if evaluation else ()
+    training = {name: training_cards(name, rows) for name, rows in inputs.losses.items()}
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=inputs.title,
         measured=_measured(inputs, evaluation) if evaluation else None,
-        losses=[embed(f"Training loss of {n}", loss_curves, {n: rows}, title=n) for n, rows in inputs.losses.items()],
+        losses=[cards[0] for cards in training.values()],
+        metrics={name: cards[1:] for name, cards in training.items() if cards[1:]},
+        benches=[bench_section(name, result) for name, result in inputs.benches.items()],
+        analyses=[analysis_section(name, data) for name, data in inputs.analyses.items()],
         calibrations=[section(name, calibration) for name, calibration in inputs.calibrations.items()],
         examples=[_example(p, load_picture) for p in choose_examples(predictions, inputs.examples)],
         provenance=_provenance(inputs),

@@ -30,6 +30,10 @@ class Config:
     vig: list[str] = field(default_factory=list)
     """Folders of calibrations: of ``vig.json``, and of ``scores*.json``, ``seeds.json``, ``curves.json`` and
     ``transfer.json`` where they are there. The path of a ``vig.json`` shows that file alone."""
+    analysis: list[str] = field(default_factory=list)
+    """Folders of ``skipvision analyze``, or their ``analysis.json``."""
+    bench: list[str] = field(default_factory=list)
+    """Folders of ``skipvision bench``, or their ``bench.json``."""
     data_root: str | None = None
     """Directory that the evaluations' image paths are relative to; null: they are usable as they stand."""
     examples: int = 12
@@ -40,13 +44,15 @@ class Config:
 
 def run(cfg: Config) -> None:
     """Read the results, render the page, write it."""
+    from skipvision_train.analysis.analysis_section import read_analysis
     from skipvision_train.analysis.calibration_report import read_calibration
     from skipvision_train.analysis.report import ReportInputs, read_metrics, render_report
     from skipvision_train.data.images import load_image
+    from skipvision_train.evaluation.bench_results import BenchResult
     from skipvision_train.evaluation.results import EvaluationResult
 
-    if not cfg.evaluations and not cfg.runs and not cfg.vig:
-        raise ConfigError("evaluations: nothing to report; give evaluations, runs or vig")
+    if not (cfg.evaluations or cfg.runs or cfg.vig or cfg.analysis or cfg.bench):
+        raise ConfigError("evaluations: nothing to report; give evaluations, runs, vig, analysis or bench")
     if cfg.examples < 0:
         raise ConfigError(f"examples: {cfg.examples} is negative")
     results = [EvaluationResult.load(_file(path, "evaluation.json")) for path in cfg.evaluations]
@@ -55,7 +61,9 @@ def run(cfg: Config) -> None:
         losses={Path(run_dir).name: read_metrics(Path(run_dir) / "metrics.jsonl") for run_dir in cfg.runs},
         evaluation=results[0] if results else None,
         others=_named(results[1:]),
-        calibrations={_calibration_name(path, cfg.vig): read_calibration(path) for path in cfg.vig},
+        calibrations={_folder_name(path, cfg.vig, "vig.json"): read_calibration(path) for path in cfg.vig},
+        analyses={_folder_name(path, cfg.analysis, "analysis.json"): read_analysis(path) for path in cfg.analysis},
+        benches={_folder_name(path, cfg.bench, "bench.json"): BenchResult.load(path) for path in cfg.bench},
         examples=cfg.examples,
     )
     root = Path(cfg.data_root or ".")
@@ -81,8 +89,8 @@ def _named(results: list[EvaluationResult]) -> dict[str, EvaluationResult]:
     return named
 
 
-def _calibration_name(path: str, paths: list[str]) -> str:
-    """The calibration's folder, or the whole path where two folders are called the same."""
-    names = [(_file(other, "vig.json")).parent.name for other in paths]
-    name = _file(path, "vig.json").parent.name
+def _folder_name(path: str, paths: list[str], file: str) -> str:
+    """The folder's name, or the whole path where two folders are called the same."""
+    names = [_file(other, file).parent.name for other in paths]
+    name = _file(path, file).parent.name
     return name if name and names.count(name) == 1 else path

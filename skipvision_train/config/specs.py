@@ -174,6 +174,22 @@ class SkipSpec:
 
 
 @dataclass
+class LoraSpec:
+    """Low-rank adapters on the language model, trained in place of its weights (peft)."""
+
+    rank: int = 16
+    """Of every adapter."""
+    alpha: float = 32.0
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Of the adapters' input, in training."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear maps of the decoder's layers that get one."""
+
+
+@dataclass
 class StageSpec:
     """What trains, how fast, and from where."""
 
@@ -196,6 +212,14 @@ class StageSpec:
     """AdamW's decay; norms and biases never decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    vision_layer_decay: float | None = None
+    """The tower's last block trains at ``lr.vision``, each block before it at so many times the rate of the next, its
+    embedding below the first; null trains all at one rate."""
+    lora: LoraSpec | None = None
+    """Train adapters of the language model at ``lr.llm`` instead of its weights; the finished model is plain."""
+    ema_decay: float | None = None
+    """The finished model is the moving average of the weights that train: each step keeps this share of it. Not with
+    ZeRO-3."""
 
 
 @dataclass
@@ -227,6 +251,49 @@ class DataSpec:
     pack_by: str = "measured"
     """measured: all texts are tokenized once before the first step, and the lengths are kept in the run's folder.
     estimated: lengths follow from sizes; rows are less full, and one that turns out too long becomes two."""
+    streaming: bool = False
+    """Read sources from their front, without an index: for the hub, and for more shards than can be looked at first.
+    Needs ``trainer.max_steps``; the sources' weights are their shares of the samples; no packing, no grouping."""
+    stream_lanes: int | None = None
+    """With ``streaming``: sequences that the order is made of, a multiple of the processes and a divisor of the global
+    batch; null is the number of processes. With the same lanes, any number of processes sees the same steps."""
+    stream_buffer: int = 1000
+    """With ``streaming``: so many neighbouring records are shuffled together."""
+    draft: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth of their size where that is enough: faster, other pixels."""
+    resizer: str = "auto"
+    """torch: the fast kernel. pillow: LLaVA's pixels to the bit. auto: torch's where the processor has AVX2."""
+
+
+@dataclass
+class GuardSpec:
+    """What is looked out for while a stage runs, and when it is stopped."""
+
+    nonfinite_budget: int = 10
+    """Steps with a non-finite loss or gradient are left out, weights and optimizer as before; one more than so many
+    stops the run."""
+    spike_threshold: float = 10.0
+    """A logged loss that is so many times the usual deviation (median absolute, of the last 100 lines) above their
+    median is a warning; 0 switches it off."""
+    stuck_after: float = 1200.0
+    """Seconds without progress of a process after which it says what every process does and ends; 0 waits for ever.
+    Longer than the longest save."""
+    memory: str = "error"
+    """Model state and activations that do not fit the GPU before the first step: error, warn or off."""
+
+
+@dataclass
+class WatchSpec:
+    """Answers of the model to a few fixed samples while it is trained."""
+
+    sample_every: int = 0
+    """Steps between two tables; 0 writes none."""
+    sample_count: int = 4
+    """Samples of a table."""
+    sample_tokens: int = 64
+    """Longest answer in tokens."""
+    sample_recipe: str | None = None
+    """Recipe of the samples; null takes them from ``data.recipe``, which the model learns."""
 
 
 @dataclass
@@ -249,6 +316,12 @@ class TrainerSpec:
     """fp32, or bf16 (autocast; under DeepSpeed bf16 weights with fp32 masters)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    loss: str = "chunked"
+    """Cross entropy of the LM head. chunked: slices of the vocabulary where a batch's logits are many, never all in
+    memory. plain: all at once. liger: liger-kernel's, on a GPU."""
+    last_layer: str = "supervised"
+    """Positions at which the last layer runs queries and feed-forward network: supervised (what no label is predicted
+    from, nobody reads) or all. The loss differs by rounding."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
@@ -265,6 +338,14 @@ class TrainerSpec:
     """off, offline or online."""
     wandb_project: str = "skipvision"
     """Project that runs are logged under."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, into ``tensorboard`` of the run's folder."""
+    peak_tflops: float | None = None
+    """Peak of one device in 10^12 FLOPs per second, for the utilisation (``mfu``); null: from a table of GPUs."""
+    guards: GuardSpec = field(default_factory=GuardSpec)
+    """When something goes wrong."""
+    watch: WatchSpec = field(default_factory=WatchSpec)
+    """Answers while training."""
 
 
 @dataclass

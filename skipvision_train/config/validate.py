@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SKIP_PARTS = ("attention", "ffn", "both")
 GROUPS = ("none", "length", "modality")
 PACK_BY = ("measured", "estimated")
+LOSSES = ("chunked", "plain", "liger")
+RESIZERS = ("auto", "torch", "pillow")
 OWNED_BY_THE_RUN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -58,8 +60,14 @@ def validate(cfg: TrainConfig, world_size: int) -> None:
     _check_skip(cfg.stage.skip, depth)
     _check_data(cfg, len(config.image_token_kinds()))
     _check_trainer(cfg.trainer, world_size)
+    _check_stream(cfg, world_size)
     if cfg.deepspeed is not None:
         _check_deepspeed(cfg.deepspeed)
+        if cfg.deepspeed.stage == 3 and cfg.stage.ema_decay is not None:
+            raise ConfigError(
+                f"stage.ema_decay: {cfg.stage.ema_decay} with deepspeed.stage 3, where no process holds the weights; "
+                "use deepspeed.stage 2, or null"
+            )
 
 
 def check_sources(cfg: TrainConfig) -> None:
@@ -186,6 +194,30 @@ def _check_stage(stage: StageSpec) -> None:
         raise ConfigError(f"stage.warmup_ratio: {stage.warmup_ratio} is out of range; use 0 to less than 1")
     _at_least("stage.weight_decay", stage.weight_decay, 0)
     _at_least("stage.max_grad_norm", stage.max_grad_norm, 0)
+    _check_options(stage)
+
+
+def _check_options(stage: StageSpec) -> None:
+    decay, ema, lora = stage.vision_layer_decay, stage.ema_decay, stage.lora
+    if decay is not None and not 0 < decay <= 1:
+        raise ConfigError(f"stage.vision_layer_decay: {decay} is out of range; use a number above 0 up to 1, or null")
+    if decay is not None and stage.lr.vision is None:
+        raise ConfigError(
+            f"stage.vision_layer_decay: {decay}, but stage.lr.vision is null; give it a rate, or use null"
+        )
+    if ema is not None and not 0 < ema < 1:
+        raise ConfigError(f"stage.ema_decay: {ema} is out of range; use a number between 0 and 1, or null")
+    if lora is None:
+        return
+    if stage.lr.llm is None:
+        raise ConfigError("stage.lora: adapters train at stage.lr.llm, which is null; give it a rate, or no adapters")
+    _at_least("stage.lora.rank", lora.rank, 1)
+    if not 0 < lora.alpha < math.inf:
+        raise ConfigError(f"stage.lora.alpha: {lora.alpha} is out of range; use a number above 0")
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError(f"stage.lora.dropout: {lora.dropout} is out of range; use 0 to less than 1")
+    if ema is not None:
+        raise ConfigError(f"stage.ema_decay: {ema} with stage.lora; an average of factors is none of weights, use null")
 
 
 def _check_skip(skip: SkipSpec, depth: int | None) -> None:
@@ -221,6 +253,7 @@ def _check_data(cfg: TrainConfig, tokens: int) -> None:
     data = cfg.data
     _one_of("data.on_error", data.on_error, ("error", "skip"))
     _at_least("data.error_budget", data.error_budget, 0)
+    _one_of("data.resizer", data.resizer, RESIZERS)
     _check_batches(data)
     if data.max_length <= tokens:
         raise ConfigError(
@@ -253,6 +286,37 @@ def _check_batches(data: DataSpec) -> None:
         )
 
 
+def _check_stream(cfg: TrainConfig, world_size: int) -> None:
+    data, trainer = cfg.data, cfg.trainer
+    _at_least("data.stream_buffer", data.stream_buffer, 1)
+    _at_least("data.stream_lanes", data.stream_lanes, 1)
+    if not data.streaming:
+        if data.stream_lanes is not None:
+            raise ConfigError(
+                f"data.stream_lanes: {data.stream_lanes} without data.streaming; set data.streaming=true, or null"
+            )
+        return
+    if trainer.epochs is not None:
+        raise ConfigError(
+            f"trainer.epochs: {trainer.epochs} with data.streaming, which does not know how many records there are; "
+            "use trainer.max_steps, and trainer.epochs=null"
+        )
+    if data.order == "shards":
+        raise ConfigError("data.order: shards with data.streaming, which reads shard by shard anyway; use shuffle")
+    if data.group != "none":
+        raise ConfigError(f"data.group: {data.group} with data.streaming, which does not know lengths; use none")
+    if data.pack:
+        raise ConfigError("data.pack: true with data.streaming, which does not know lengths; use data.pack=false")
+    if trainer.watch.sample_every and trainer.watch.sample_recipe is None:
+        raise ConfigError("trainer.watch.sample_recipe: null with data.streaming; name a recipe to read as a whole")
+    lanes = data.stream_lanes
+    if lanes is not None and (lanes % world_size or trainer.global_batch % lanes):
+        raise ConfigError(
+            f"data.stream_lanes: {lanes} must be a multiple of the {world_size} processes and divide "
+            f"trainer.global_batch {trainer.global_batch}; use null, or another number"
+        )
+
+
 def _check_trainer(trainer: TrainerSpec, world_size: int) -> None:
     if (trainer.max_steps is None) == (trainer.epochs is None):
         raise ConfigError(
@@ -267,9 +331,24 @@ def _check_trainer(trainer: TrainerSpec, world_size: int) -> None:
     for name in ("save_every", "keep_checkpoints", "workers"):
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)
     _one_of("trainer.precision", trainer.precision, ("fp32", "bf16"))
+    _one_of("trainer.loss", trainer.loss, LOSSES)
+    _one_of("trainer.last_layer", trainer.last_layer, ("supervised", "all"))
     _one_of("trainer.resume", trainer.resume, ("auto", "never"))
     _one_of("trainer.wandb", trainer.wandb, ("off", "offline", "online"))
+    _check_watching(trainer)
     accumulation(trainer, world_size)
+
+
+def _check_watching(trainer: TrainerSpec) -> None:
+    guards, watch = trainer.guards, trainer.watch
+    for name in ("nonfinite_budget", "spike_threshold", "stuck_after"):
+        _at_least(f"trainer.guards.{name}", getattr(guards, name), 0)
+    _one_of("trainer.guards.memory", guards.memory, ("error", "warn", "off"))
+    _at_least("trainer.watch.sample_every", watch.sample_every, 0)
+    _at_least("trainer.watch.sample_count", watch.sample_count, 1)
+    _at_least("trainer.watch.sample_tokens", watch.sample_tokens, 1)
+    if trainer.peak_tflops is not None and not 0 < trainer.peak_tflops < math.inf:
+        raise ConfigError(f"trainer.peak_tflops: {trainer.peak_tflops} is out of range; use a number above 0, or null")
 
 
 def _check_deepspeed(spec: DeepSpeedSpec) -> None:

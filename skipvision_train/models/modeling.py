@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,22 @@ from skipvision_train.errors import CheckpointError
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
 from skipvision_train.models.connectors import build_connector
-from skipvision_train.models.reducer import Reducer
+from skipvision_train.models.loss import head_losses
+from skipvision_train.models.reducer import ReducedImages, Reducer
 from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans.attention import backend_mask
 from skipvision_train.plans.executor import Attachment, attach
 from skipvision_train.plans.layout import IGNORE_INDEX, TokenLayout, answer_starts
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
+
+
+@dataclass
+class SkipVisionOutput(CausalLMOutputWithPast):
+    """What transformers' models return, and ``token_losses``: (N,) float32 without a graph, the cross entropy of every
+    supervised position, row by row; None without labels."""
+
+    token_losses: Tensor | None = None
 
 
 class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -54,6 +63,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.text_config, dtype=torch.get_default_dtype()
         )
         self._attachment: Attachment | None = None
+        self._loss_kind, self._read_supervised = "plain", False
         self._plan = config.plan_or_dense()
         self.post_init()
         self.set_plan(self._plan)
@@ -96,9 +106,21 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
-        if not plan.is_dense:
-            self._attachment = attach(self.language_model, plan)
+        if not plan.is_dense or self._read_supervised:
+            self._attachment = attach(self.language_model, plan, even_dense=self._read_supervised)
         self._plan = plan
+
+    def train_with(self, loss: str, read_supervised: bool) -> None:
+        """How the loss is computed from now on; the model starts with the plain way.
+
+        Args:
+            loss: of :data:`.loss.LOSSES`.
+            read_supervised: with labels the last layer runs queries and feed-forward network only where a label is
+                predicted, also under a dense plan. The loss differs by rounding alone; of other positions
+                ``hidden_states`` are unfinished.
+        """
+        self._loss_kind, self._read_supervised = loss, read_supervised
+        self.set_plan(self._plan)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -114,7 +136,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_images(
         self, pixel_values: Tensor, image_tiles: Tensor | None = None, queries: int | None = None
-    ) -> list[Tensor]:
+    ) -> ReducedImages:
         """Turn images into the language model's visual tokens.
 
         Args:
@@ -123,12 +145,13 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             queries: m of an elastic number of queries; None is ``connector.keep``.
 
         Returns:
-            one (n, C) per image, in the order of ``config.image_token_kinds(tiles, queries)``.
+            each image's tokens in the order of ``config.image_token_kinds(tiles, queries)``.
         """
         tiles = None if image_tiles is None else image_tiles.tolist()
         features = self.vision_tower(pixel_values)
         levels = self.connector(features) if queries is None else self.connector(features, queries)
-        return self.reducer(levels, features.saliency, tiles)
+        reduced: ReducedImages = self.reducer(levels, features.saliency, tiles)
+        return reduced
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_tiles: Tensor | None) -> Tensor:
         """Token embeddings (B, T, C) with visual tokens in the placeholders' places."""
@@ -145,18 +168,18 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return embeds
         queries = self._elastic_queries(found, len(pixel_values))
         images = self.encode_images(pixel_values, image_tiles, queries)
-        if found != (expected := sum(len(image) for image in images)):
+        if found != len(images.tokens):
             raise ValueError(
-                f"input_ids hold {found} image placeholders, but {len(images)} images of {len(pixel_values)} tiles "
-                f"give {expected} visual tokens"
+                f"input_ids hold {found} image placeholders, but {len(images.lengths)} images of {len(pixel_values)} "
+                f"tiles give {len(images.tokens)} visual tokens"
             )
-        return embeds.masked_scatter(placeholders.unsqueeze(-1), torch.cat(images).to(embeds.dtype))
+        return embeds.masked_scatter(placeholders.unsqueeze(-1), images.tokens.to(embeds.dtype))
 
     def _nothing(self, embeds: Tensor) -> Tensor:
         """The sum over the tokens of a blank image, for batches without one."""
         size, tiles = self.config.vision_config.image_size, self.config.tiling_config.counts[0]
         blank = embeds.new_zeros(tiles, 3, size, size)
-        return torch.cat(self.encode_images(blank, torch.tensor([tiles]))).sum()
+        return self.encode_images(blank, torch.tensor([tiles])).tokens.sum()
 
     def _elastic_queries(self, placeholders: int, tiles: int) -> int | None:
         """How many queries each tile has where a batch chooses (MQT): the placeholders say it."""
@@ -221,7 +244,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> SkipVisionOutput:
         """Run the model.
 
         Args:
@@ -240,7 +263,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 by it. None divides by this batch's own number.
 
         Returns:
-            With ``labels``: ``loss``, and no logits (the LM head runs on supervised positions only).
+            With ``labels``: ``loss`` and ``token_losses``, no logits (the LM head runs on supervised positions only).
             Without: ``logits`` (B, kept, vocabulary).
 
         Raises:
@@ -260,7 +283,9 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 if labels is not None and self._plan.drops:
                     # In training what is dropped is ranked where an answer begins, not by the answer's last token.
                     layout = replace(layout, asking=answer_starts(labels))
-                kwargs["token_layout"] = layout
+                if labels is not None and self._read_supervised:
+                    layout = replace(layout, read=F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1), value=False))
+                kwargs["token_layout"] = layout.to("cpu")
             elif document_ids is not None:
                 # Not by restarting positions: transformers sees documents in them only without a mask and a cache.
                 text, dtype = self.language_model.config, self.get_input_embeddings().weight.dtype
@@ -277,13 +302,14 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden, loss, logits = outputs.last_hidden_state, None, None
+        hidden, loss, logits, token_losses = outputs.last_hidden_state, None, None, None
         if labels is not None:
-            loss = self._loss(hidden, labels, num_items_in_batch)
+            loss, token_losses = self._loss(hidden, labels, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.language_model.lm_head(hidden[:, kept])
-        return CausalLMOutputWithPast(
+        return SkipVisionOutput(
+            token_losses=token_losses,
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -291,15 +317,14 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Cross entropy in fp32 over supervised positions; the LM head sees no other position."""
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor]:
+        """Cross entropy in fp32 over supervised positions, and of each; the LM head sees no other position."""
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self.language_model.lm_head(hidden[:, :-1][supervised]).float()
-        total = F.cross_entropy(logits, targets[supervised], reduction="sum")
-        if num_items_in_batch is None:
-            return total / supervised.sum().clamp_min(1)
-        return total / num_items_in_batch
+        states, head = hidden[:, :-1][supervised], self.language_model.lm_head
+        total, losses = head_losses(head, states, targets[supervised], self._loss_kind)
+        items = supervised.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return total / items, losses
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any

@@ -6,6 +6,7 @@ Shapes: I images, T tiles of all images together, n tokens, C channels of the la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,25 @@ from skipvision_train.models.merging import merge_tokens
 from skipvision_train.models.selection import partition, top_salient
 from skipvision_train.models.settings import ReducerConfig
 from skipvision_train.models.summary import AdaptiveSummary
+
+
+class ReducedImages(NamedTuple):
+    """The visual tokens of several images.
+
+    One tensor for all of them: ZeRO-3 counts the tensors that a module returns, and every rank must count as many,
+    however many images its batch has.
+
+    Attributes:
+        tokens: (N, C), image after image.
+        lengths: tokens of each image.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+
+    def split(self) -> tuple[Tensor, ...]:
+        """One (n_i, C) per image."""
+        return self.tokens.split(self.lengths)
 
 
 class Reducer(nn.Module):
@@ -44,7 +64,7 @@ class Reducer(nn.Module):
 
     def forward(
         self, levels: Sequence[Tensor], saliency: Tensor | None = None, tiles: Sequence[int] | None = None
-    ) -> list[Tensor]:
+    ) -> ReducedImages:
         """Reduce the connector's output.
 
         Args:
@@ -53,7 +73,7 @@ class Reducer(nn.Module):
             tiles: tiles of each image, the global view first; None means one each.
 
         Returns:
-            one (n_i, C) per image, n_i = ``len(image_token_kinds(tiles[i]))``.
+            n_i = ``len(image_token_kinds(tiles[i]))`` tokens per image.
 
         Raises:
             ValueError: tiles that are not as many as ``levels`` have, or that this split cannot take; no saliency.
@@ -69,7 +89,8 @@ class Reducer(nn.Module):
             parts += [former, local, latter]
         if self.registers is not None:
             parts.append([self.registers.to(levels[0].dtype)] * len(tiles))
-        return [torch.cat(pieces) for pieces in zip(*(part for part in parts if part), strict=True)]
+        images = [torch.cat(pieces) for pieces in zip(*(part for part in parts if part), strict=True)]
+        return ReducedImages(torch.cat(images), tuple(map(len, images)))
 
     def _split(
         self, levels: Sequence[Tensor], saliency: Tensor | None, tiles: list[int]

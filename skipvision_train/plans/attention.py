@@ -141,6 +141,31 @@ def add_rows(hidden: Tensor, rows: Tensor, update: Tensor) -> Tensor:
     return hidden.index_copy(0, rows, changed)
 
 
+class _PutRows(torch.autograd.Function):
+    """``index_copy`` that keeps its index to itself."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        ctx.rows = rows
+        return tokens.index_copy(0, rows, values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        (gradient,) = gradients
+        return gradient.index_fill(0, ctx.rows, 0), None, gradient.index_select(0, ctx.rows)
+
+
+def put_rows(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``tokens`` (N, C) with ``values`` (M, C) at ``rows`` (M,), each at most once; differentiable.
+
+    The last step of a layer in which tokens skip. Nothing is saved for its backward pass by autograd's own means: under
+    gradient checkpointing, what asks for a saved tensor recomputes the layer at once, and ZeRO-3 would then fetch its
+    weights in another order than on a rank whose batch has no token that skips, and wait for ever.
+    """
+    result: Tensor = _PutRows.apply(tokens, rows, values)
+    return result
+
+
 def backend_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """``visible`` (B, T, K) bool as the mask that a transformers attention backend understands.
 

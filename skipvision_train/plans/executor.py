@@ -72,7 +72,7 @@ class Attachment:
         self.detach()
 
 
-def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto") -> Attachment:
+def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto", even_dense: bool = False) -> Attachment:
     """Run ``plan`` on this model instance from now on.
 
     The decoder's forward takes ``token_layout`` (:class:`TokenLayout` or None) as a further keyword:
@@ -85,7 +85,8 @@ def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto") -> Attachmen
     * eviction needs a cache that the caller asked for (``past_key_values`` or ``use_cache=True``); a default of the
       model's configuration does not count, and no cache comes back then.
 
-    A dense plan attaches nothing. ``backend``, of ``backends.BACKENDS``, computes attention where tokens are left out.
+    A dense plan attaches nothing, unless ``even_dense`` wants it for layouts that say what is read. ``backend``, of
+    ``backends.BACKENDS``, computes attention where tokens are left out.
 
     Raises:
         PlanError: no decoder of the LLaMA shape, another depth than the plan's, a plan attached already, a backend that
@@ -98,7 +99,7 @@ def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto") -> Attachmen
             f"plan {plan.name!r}: plan {decoder._skip_plan.name!r} is attached to this model; detach it first"
         )
     check_backend(backend)
-    if plan.is_dense:
+    if plan.is_dense and not even_dense:
         return Attachment(plan, None)
     # Bound methods rather than closures: copy.deepcopy rebinds them to the copy.
     for module, forward in _changed(decoder):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skipvision_train.plans import drops
-from skipvision_train.plans.attention import Kernel, add_rows, attend
+from skipvision_train.plans.attention import Kernel, add_rows, attend, put_rows
 from skipvision_train.plans.backends import Backend
 from skipvision_train.plans.cache import thin
 from skipvision_train.plans.layout import TokenLayout
@@ -181,7 +181,9 @@ class PlanRun:
         return None if kept == before else kept
 
     def _score(self, drop: Drop, layer: Any, hidden: Tensor, position_embeddings: Rotary) -> None:
-        if drop.layer in self.scores or self._kept(drop) is None:
+        # In training also where nothing leaves: ZeRO-3 fetches weights in the order in which modules run, and a process
+        # whose batch has no image must run the same ones.
+        if drop.layer in self.scores or (self._kept(drop) is None and not torch.is_grad_enabled()):
             return
         stretch = self.stretches[-1]
         rotary = self._rotary(stretch, hidden, position_embeddings)
@@ -316,9 +318,9 @@ def run_layer(layer: Any, rule: LayerRule, work: LayerWork, kernel: Kernel, hidd
     if work.ffn is None:
         tokens = active
     elif torch.is_grad_enabled():
-        tokens = tokens.index_copy(0, work.ffn, active.to(tokens.dtype))
+        tokens = put_rows(tokens, work.ffn, active.to(tokens.dtype))
     else:  # nobody else holds what attention has just made: no copy of all rows for some of them
         tokens.index_copy_(0, work.ffn, active.to(tokens.dtype))
     if work.rows is not None:
-        tokens = whole.index_copy(0, work.rows, tokens.to(whole.dtype))
+        tokens = put_rows(whole, work.rows, tokens.to(whole.dtype))
     return tokens.view_as(hidden)

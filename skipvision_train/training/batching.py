@@ -22,6 +22,7 @@ from skipvision_train.data.collate import IGNORED_LABEL, collate, collate_packed
 from skipvision_train.data.order import OrderRule, walk
 from skipvision_train.data.packing import rows_of
 from skipvision_train.data.processor import Example
+from skipvision_train.data.streaming import StreamDataset
 from skipvision_train.errors import ConfigError
 from skipvision_train.plans.rules import TokenKind
 
@@ -164,6 +165,27 @@ class EpochStart(TrainerCallback):
         self.sampler.set_epoch(state.global_step * self.sampler.global_batch // len(self.sampler))
 
 
+class StreamStart(TrainerCallback):
+    """Tells a stream the step that its loader begins with, resumed or not; nothing is skipped by reading it.
+
+    The trainer counts from 0 after a resume, since nothing is skipped, and derives the epoch from that; it is put
+    right.
+    """
+
+    def __init__(self, stream: StreamDataset) -> None:
+        self.stream = stream
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loader's workers start after this."""
+        self.stream.step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A stream has one epoch, which ends with the stage."""
+        state.epoch = state.global_step / state.max_steps
+
+
 def count_tokens(batches: Sequence[dict[str, Tensor]]) -> Tensor:
     """(3,) int64 on the CPU: supervised tokens, real tokens and all places of some batches, padding included.
 
@@ -225,20 +247,30 @@ class TrainCollator:
             items: examples; with ``pack_length`` lists of examples, each of which makes a row (or several, if the
                 lengths that the bins were planned with were too small). None is an example that was left out.
         """
+        return self.batch(self.rows(items))
+
+    def rows(self, items: Sequence[Any]) -> list[list[Example]]:
+        """The samples of every row of the batch, as the batch holds them."""
         bins: list[list[Example]] = [
             [example for example in (item if self.pack_length else [item]) if example is not None] for item in items
         ]
         bins = [examples for examples in bins if examples]
-        if not bins:
-            return self._nothing()
-        if self.elastic:
+        if self.elastic and bins:
             shortened = iter(self.elastic.shorten([example for examples in bins for example in examples]))
             bins = [[next(shortened) for _ in examples] for examples in bins]
         if self.pack_length is None:
-            return collate([examples[0] for examples in bins], padding_side="right", pad_id=self.pad_id)
-        return collate_packed([row for examples in bins for row in self._rows(examples)], self.pad_id)
+            return bins
+        return [row for examples in bins for row in self._split(examples)]
 
-    def _rows(self, examples: list[Example]) -> list[list[Example]]:
+    def batch(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+        """The tensors of :meth:`rows`."""
+        if not rows:
+            return self._nothing()
+        if self.pack_length is None:
+            return collate([examples[0] for examples in rows], padding_side="right", pad_id=self.pad_id)
+        return collate_packed(rows, self.pad_id)
+
+    def _split(self, examples: list[Example]) -> list[list[Example]]:
         rows = rows_of([len(example.input_ids) for example in examples], self.pack_length or 0)
         return [[examples[place] for place in row] for row in rows]
 

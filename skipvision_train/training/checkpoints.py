@@ -4,7 +4,8 @@ A run's folder::
 
     config.yaml      what the run was configured to do
     metrics.jsonl    one line per logged step
-    checkpoint-N/    state after step N; complete if COMPLETE.json is there and every listed file has its listed size
+    checkpoint-N/    state after step N; complete if COMPLETE.json is there and every listed file has its listed size;
+                     before a run continues from it, every file's content is compared with its listed checksum
     model/           the finished model; written under another name, checked, renamed
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from skipvision_train.errors import CheckpointError, ConfigError
 log = logging.getLogger(__name__)
 
 MARKER = "COMPLETE.json"
+DAMAGED = "DAMAGED.json"
+"""What the marker is called once a file was found to have changed."""
 FINISHED = "model"
 PARTIAL = "model.partial"
 CONFIG = "config.yaml"
@@ -36,13 +41,26 @@ HARMLESS = (
     "dry_run",
     "data.error_budget",
     "trainer.keep_checkpoints",
+    "trainer.last_layer",
+    "trainer.loss",
+    "trainer.guards.memory",
+    "trainer.guards.nonfinite_budget",
+    "trainer.guards.spike_threshold",
+    "trainer.guards.stuck_after",
     "trainer.log_every",
     "trainer.output_dir",
+    "trainer.per_device_batch",
+    "trainer.peak_tflops",
     "trainer.progress_bar",
     "trainer.resume",
     "trainer.save_every",
+    "trainer.tensorboard",
     "trainer.wandb",
     "trainer.wandb_project",
+    "trainer.watch.sample_count",
+    "trainer.watch.sample_every",
+    "trainer.watch.sample_recipe",
+    "trainer.watch.sample_tokens",
     "trainer.workers",
 )
 """Fields that may change between two starts of one run: they do not change what is learnt."""
@@ -54,7 +72,7 @@ class CheckpointInfo:
 
     Attributes:
         step: optimizer steps done.
-        processes: training processes; DeepSpeed's shards fit this number only.
+        processes: training processes; DeepSpeed's shards fit this number only and are cut anew for another.
         engine: ``none``, or the ZeRO stage as ``zero2``.
     """
 
@@ -63,7 +81,7 @@ class CheckpointInfo:
     engine: str
 
     def check_fits(self, other: CheckpointInfo, path: Path) -> None:
-        """Refuse to continue with another engine, or with other shards than were written.
+        """Refuse to continue with another engine. Another number of processes fits; see :meth:`needs_conversion`.
 
         Raises:
             CheckpointError: naming both.
@@ -72,19 +90,66 @@ class CheckpointInfo:
             raise CheckpointError(
                 f"{path}: written with deepspeed {self.engine}, this run has {other.engine}; continue with the same"
             )
-        if self.engine != "none" and self.processes != other.processes:
-            raise CheckpointError(
-                f"{path}: written by {self.processes} processes, this run has {other.processes}; "
-                f"continue with {self.processes}"
-            )
+
+    def needs_conversion(self, processes: int) -> bool:
+        """True if the optimizer's shards must be cut anew for this number of processes."""
+        return self.engine != "none" and self.processes != processes
 
 
-def mark_complete(directory: Path, info: CheckpointInfo) -> None:
-    """Write the marker, last: it lists every file with its size."""
-    sizes = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+def written_files(directory: Path) -> list[str]:
+    """What a checkpoint consists of: names relative to it, the largest first, without a marker."""
+    files = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
+    return sorted((name for name in files if name not in (MARKER, f"{MARKER}.tmp")), key=lambda n: (-files[n], n))
+
+
+def checksum(file: Path, durable: bool = False) -> int:
+    """CRC-32 of a file's content; with ``durable`` it is on the disk afterwards.
+
+    Raises:
+        OSError: it cannot be read, or not be written to the disk.
+    """
+    content = 0
+    with file.open("r+b" if durable else "rb") as stream:
+        if durable:
+            os.fsync(stream.fileno())
+        while block := stream.read(1 << 22):
+            content = zlib.crc32(block, content)
+    return content
+
+
+def checksums(directory: Path, names: Sequence[str], durable: bool = False) -> dict[str, int]:
+    """:func:`checksum` of some of a checkpoint's files. Processes share the work: each takes every n-th name."""
+    return {name: checksum(directory / name, durable) for name in names}
+
+
+def mark_complete(directory: Path, info: CheckpointInfo, sums: Mapping[str, int] | None = None) -> None:
+    """Write the marker, last: it lists every file with its size and checksum. All is on the disk before it is.
+
+    Args:
+        directory: the checkpoint.
+        info: its facts.
+        sums: durable checksums of all files; None computes them here.
+    """
+    names = written_files(directory)
+    sums = checksums(directory, names, durable=True) if sums is None else sums
+    sizes = {name: (directory / name).stat().st_size for name in sorted(names)}
+    for folder in {directory, directory.parent, *((directory / name).parent for name in names)}:
+        sync(folder)
     temporary = directory / f"{MARKER}.tmp"
-    temporary.write_text(json.dumps({**asdict(info), "files": sizes}, indent=1) + "\n")
+    content = {**asdict(info), "files": sizes, "crc32": {name: sums[name] for name in sizes}}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    sync(temporary)
     temporary.replace(directory / MARKER)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_marker(directory: Path) -> CheckpointInfo | None:
@@ -92,8 +157,9 @@ def read_marker(directory: Path) -> CheckpointInfo | None:
     try:
         content = json.loads((directory / MARKER).read_text())
         files: dict[str, int] = content.pop("files")
+        content.pop("crc32", None)
         info = CheckpointInfo(**content)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     for name, size in files.items():
         file = directory / name
@@ -101,6 +167,35 @@ def read_marker(directory: Path) -> CheckpointInfo | None:
             log.warning("%s: %s is missing or not %d bytes long; the checkpoint is ignored", directory, name, size)
             return None
     return info
+
+
+def changed_files(directory: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Files of a complete checkpoint that cannot be read or whose content is not what was written.
+
+    Args:
+        directory: the checkpoint. One without checksums, of an earlier version, is taken as it is.
+        share: of the work, which processes divide among them.
+        shares: how many there are.
+    """
+    recorded: dict[str, int] = json.loads((directory / MARKER).read_text()).get("crc32", {})
+    changed = []
+    for name in list(recorded)[share::shares]:
+        try:
+            same = checksum(directory / name) == recorded[name]
+        except OSError:
+            same = False
+        if not same:
+            changed.append(name)
+    return changed
+
+
+def set_aside(directory: Path, changed: Sequence[str]) -> None:
+    """Make a checkpoint with changed files one that no run continues from; the next save removes it."""
+    (directory / MARKER).replace(directory / DAMAGED)
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    log.warning(
+        "%s: the content of %s%s is not what was written; the checkpoint is ignored", directory, changed[0], more
+    )
 
 
 def all_checkpoints(run: Path) -> list[tuple[int, Path]]:

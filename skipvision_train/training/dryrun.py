@@ -155,7 +155,7 @@ def group_lines(cfg: TrainConfig, model: nn.Module) -> list[str]:
     return [
         f"{group['name']:<10} lr {group['lr']:g}, weight decay {group['weight_decay']:g}, "
         f"{len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} parameters"
-        for group in parameter_groups(model, cfg.stage.lr, cfg.stage.weight_decay)
+        for group in parameter_groups(model, cfg.stage.lr, cfg.stage.weight_decay, cfg.stage.vision_layer_decay)
     ]
 
 

@@ -26,12 +26,14 @@ from skipvision_train.config.validate import check_sources, validate
 from skipvision_train.data.dataset import RecordDataset
 from skipvision_train.data.mixture import Mixture
 from skipvision_train.data.processor import SkipVisionProcessor
-from skipvision_train.data.recipes import load_recipe, load_records
+from skipvision_train.data.recipes import load_recipe, load_records, load_streams
+from skipvision_train.data.streams import Streams
 from skipvision_train.errors import ConfigError, DataError, SkipVisionError
-from skipvision_train.evaluation.results import write_json
+from skipvision_train.files import write_json
 from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
+from skipvision_train.models.loss import check_loss
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.models.vision import read_vision_checkpoint
 from skipvision_train.plans.layout import IGNORE_INDEX
@@ -48,9 +50,12 @@ from skipvision_train.training.checkpoints import (
     newest_complete,
 )
 from skipvision_train.training.feed import open_feed
+from skipvision_train.training.lora import add_adapters
 from skipvision_train.training.plan_schedule import PlanSchedule
+from skipvision_train.training.ranks import check_started_alike
 from skipvision_train.training.stages import apply_rates
-from skipvision_train.training.trainer import StageParts, StageTrainer, engine_name, start_wandb
+from skipvision_train.training.trainer import StageParts, StageTrainer, engine_name
+from skipvision_train.training.watching import check_device_memory
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +76,13 @@ def run_stage(cfg: TrainConfig, callbacks: tuple[TrainerCallback, ...] = ()) -> 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     validate(cfg, processes)
     check_sources(cfg)
+    if cfg.data.streaming and cfg.data.stream_lanes is None:
+        # Recorded: the order is made of so many lanes, also when another number of processes goes on.
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, stream_lanes=processes))
     run = Path(cfg.trainer.output_dir)
     prepare_environment(cfg)
+    # Held: processes that come later find the others' configurations in it.
+    store = check_started_alike(dataclasses.asdict(cfg), cfg.trainer.guards.stuck_after)  # noqa: F841
     resume = find_start(cfg, run, processes)
     if resume == "finished":
         log.info("%s is finished: %s; nothing to do", run, run / "model")
@@ -85,11 +95,12 @@ def run_stage(cfg: TrainConfig, callbacks: tuple[TrainerCallback, ...] = ()) -> 
         write_json(run / "data.json", parts.records.manifest())
     arithmetic = BatchArithmetic.of(cfg.trainer, parts.feed.rows, processes, parts.feed.unit)
     log.info("%s", arithmetic.line())
-    start_wandb(cfg)
+    check_device_memory(cfg, parts.model)
     trainer = StageTrainer(cfg, parts, arithmetic, callbacks)
-    log.info("start from %s", resume or "step 0")
+    start = None if resume is None else trainer.sound_start()
+    log.info("start from %s", "step 0" if start is None else start[0])
     try:
-        parts.feed.watched.guard(lambda: trainer.train(resume_from_checkpoint=resume))
+        parts.feed.watched.guard(lambda: trainer.run_from(start))
     except DataError as error:
         # From a worker process the message arrives with the worker's traceback in front of it.
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
@@ -176,6 +187,10 @@ def assemble(cfg: TrainConfig) -> StageParts:
     if model.generation_config is not None:
         model.generation_config.eos_token_id = processor.end_id  # answers end where the template ends them
     apply_rates(model, cfg.stage.lr)
+    if cfg.stage.lora is not None:
+        add_adapters(model, cfg.stage.lora)
+    check_loss(cfg.trainer.loss)
+    model.train_with(cfg.trainer.loss, read_supervised=cfg.trainer.last_layer == "supervised")
     if cfg.trainer.gradient_checkpointing:
         with warnings.catch_warnings():
             # The name of transformers 5.17, which later 5.x only deprecate.
@@ -193,11 +208,19 @@ def elastic_queries(cfg: TrainConfig, config: SkipVisionConfig) -> ElasticQuerie
     return ElasticQueries(config.image_token_id, connector.queries, cfg.trainer.seed)
 
 
-def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> tuple[Mixture, RecordDataset]:
+def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> tuple[Mixture | Streams, RecordDataset]:
     """The recipe's records, and the data set that encodes them."""
-    records, data = load_records(load_recipe(cfg.data.recipe, cfg.data.root)), cfg.data
+    recipe, data = load_recipe(cfg.data.recipe, cfg.data.root), cfg.data
+    records = load_streams(recipe) if data.streaming else load_records(recipe)
     return records, RecordDataset(
-        records, processor, cfg.stage.template, data.max_length, data.on_error, data.error_budget
+        records,
+        processor,
+        cfg.stage.template,
+        data.max_length,
+        data.on_error,
+        data.error_budget,
+        draft=data.draft,
+        resizer=data.resizer,
     )
 
 
@@ -243,19 +266,20 @@ def first_sample(
     if tokenizer is None:
         return None, ["none: no tokenizer (model.tokenizer, model.llm or stage.start_from)"]
     try:
-        _, dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
-        example = dataset[0]
+        records, dataset = open_dataset(cfg, SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template))
+        first, count = (records.first(), None) if isinstance(records, Streams) else (0, len(dataset))
+        example = dataset[first]
     except SkipVisionError as error:
         return None, [f"none: {error}"]
     if example is None:
-        return len(dataset), ["none: the first record cannot be used; the log says why"]
+        return count, ["none: the first record cannot be used; the log says why"]
     lines = dryrun.mark_sample(
         pieces=[str(tokenizer.decode([i])) for i in example.input_ids],
         kinds=[TokenKind(kind) for kind in example.token_kinds],
         supervised=[label != IGNORE_INDEX for label in example.labels],
         is_image=[i == config.image_token_id for i in example.input_ids],
     )
-    return len(dataset), lines
+    return count, lines
 
 
 def write_out(text: str) -> None:

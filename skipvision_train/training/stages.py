@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,24 +80,41 @@ def apply_rates(model: nn.Module, rates: RatesSpec) -> tuple[PartReport, ...]:
     return tuple(reports)
 
 
-def parameter_groups(model: nn.Module, rates: RatesSpec, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, rates: RatesSpec, weight_decay: float, vision_layer_decay: float | None = None
+) -> list[dict[str, Any]]:
     """AdamW's groups: one per part that trains, two where some of its parameters decay and others do not.
 
     Args:
         model: with ``requires_grad`` set by :func:`apply_rates`, weights not yet sharded.
         rates: the parts' learning rates.
         weight_decay: of matrices; vectors (norms, biases) do not decay.
+        vision_layer_decay: factor from a block of the tower to the one before it; groups per block then.
 
     Returns:
-        dicts with ``name`` (the part), ``params``, ``lr`` and ``weight_decay``; no empty group.
+        dicts with ``name`` (the part), ``params``, ``lr`` and ``weight_decay``; no empty group. The last one of a part
+        has the part's own rate.
     """
     wanted: dict[str, float | None] = dataclasses.asdict(rates)
     groups = []
     for part, prefix in PARTS.items():
-        split: dict[float, list[nn.Parameter]] = {}
+        split: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if name.startswith(f"{prefix}.") and parameter.requires_grad:
-                split.setdefault(weight_decay if parameter.ndim > 1 else 0.0, []).append(parameter)
-        for decay, params in split.items():
-            groups.append({"name": part, "params": params, "lr": wanted[part], "weight_decay": decay})
+                share = 1.0
+                if part == "vision" and vision_layer_decay is not None:
+                    share = vision_layer_decay ** _below_the_top(model, name)
+                split.setdefault((share, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        for (share, decay), params in sorted(split.items(), key=lambda item: item[0][0]):
+            rate = wanted[part]
+            groups.append({"name": part, "params": params, "lr": rate and rate * share, "weight_decay": decay})
     return groups
+
+
+def _below_the_top(model: nn.Module, name: str) -> int:
+    """How many blocks of the tower come after the parameter's; what is before all of them counts as one more."""
+    tower = model.get_submodule(PARTS["vision"])
+    blocks = len(tower.transformer.resblocks)  # type: ignore[union-attr, arg-type]
+    if (found := re.search(r"\.resblocks\.(\d+)\.", name)) is not None:
+        return blocks - 1 - int(found.group(1))
+    return blocks

@@ -4,38 +4,56 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from skipvision_train.config.specs import StageSpec, TrainConfig
 from skipvision_train.data.mixture import Mixture
+from skipvision_train.data.processor import SkipVisionProcessor
+from skipvision_train.data.streams import Streams
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.training.batching import BatchArithmetic, EpochStart, count_tokens
+from skipvision_train.training.batching import BatchArithmetic, EpochStart, StreamStart, TrainCollator
 from skipvision_train.training.callbacks import MetricsFile, ScheduledPlan
 from skipvision_train.training.checkpoints import (
     FINISHED,
     MARKER,
     PARTIAL,
     CheckpointInfo,
+    changed_files,
+    checksums,
     mark_complete,
+    newest_complete,
     publish_model,
     remove_old,
+    set_aside,
+    sync,
     writing,
+    written_files,
 )
 from skipvision_train.training.deepspeed_config import render
+from skipvision_train.training.ema import WeightAverage
+from skipvision_train.training.facts import FactsCollator
 from skipvision_train.training.feed import Feed
+from skipvision_train.training.guards import explained_memory, poison
+from skipvision_train.training.lora import ADAPTERS, merged, plain_names
+from skipvision_train.training.memory import remedies
 from skipvision_train.training.plan_schedule import PlanSchedule
+from skipvision_train.training.signals import ShieldedWorker, StopOnSignal, Stopped, StopRequest
 from skipvision_train.training.stages import parameter_groups
+from skipvision_train.training.universal import convert, put_right, remove
+from skipvision_train.training.watchdog import Watchdog
+from skipvision_train.training.watching import Watch, reporters
 
 METRICS = "metrics.jsonl"
 
@@ -53,10 +71,10 @@ class StageParts:
     """
 
     model: SkipVisionForConditionalGeneration
-    processor: ProcessorMixin
-    records: Mixture
+    processor: SkipVisionProcessor
+    records: Mixture | Streams
     feed: Feed
-    collator: Callable[[list[Any]], dict[str, Tensor]]
+    collator: TrainCollator
 
 
 def engine_name(cfg: TrainConfig) -> str:
@@ -102,10 +120,12 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
         dataloader_num_workers=trainer.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_prefetch_factor=4 if trainer.workers else None,
+        dataloader_persistent_workers=bool(trainer.workers) and not cfg.data.streaming,
+        ignore_data_skip=cfg.data.streaming,  # a stream begins where it is told to
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        disable_tqdm=not trainer.progress_bar,
-        report_to=[] if trainer.wandb == "off" else ["wandb"],
+        disable_tqdm=True,  # reporting.Progress shows one
+        report_to=[],
         run_name=stage.name,
         deepspeed=deepspeed,
     )
@@ -132,21 +152,37 @@ class StageTrainer(Trainer):
         self.sampler = parts.feed.sampler(arithmetic.global_batch, cfg.trainer.seed)
         self.schedule = PlanSchedule.of(cfg, parts.model.plan.num_layers)
         self.run_dir = Path(cfg.trainer.output_dir)
+        self.stop = StopOnSignal(StopRequest())
+        decay = cfg.stage.ema_decay
+        self.average = None if decay is None else WeightAverage(parts.model, decay)
+        self._finishing = False
+        self._converted: Path | None = None
+        self._groups: list[dict[str, Any]] = []
         self._rates: dict[str, float] = {}
-        self._tokens = torch.zeros(3, dtype=torch.long)
+        self._loss_before = torch.zeros(())
         self._last_log: tuple[int, float] | None = None
+        sources = [source.name for source in parts.records.sources]
+        args = training_arguments(cfg, arithmetic)
+        patience, reading = cfg.trainer.guards.stuck_after, parts.feed.watched.reading
+        dog = Watchdog(self.run_dir, args.process_index, args.world_size, patience, reading)
+        self.watch = Watch(cfg, parts.model, sources, dog, args.device, args.world_size)
         super().__init__(
             model=parts.model,
-            args=training_arguments(cfg, arithmetic),
-            data_collator=parts.collator,
+            args=args,
+            data_collator=FactsCollator(parts.collator, sources),
             train_dataset=parts.feed.dataset,
             callbacks=[
                 MetricsFile(self.run_dir / METRICS),
                 ScheduledPlan(parts.model, self.schedule),
-                EpochStart(self.sampler),
+                EpochStart(self.sampler) if parts.feed.stream is None else StreamStart(parts.feed.stream),
+                *([] if self.average is None else [self.average]),
                 *callbacks,
+                self.stop,
+                self.watch,
+                *reporters(cfg, parts.model, parts.processor, parts.records, self.watch),
             ],
         )
+        self.remove_callback(PrinterCallback)  # Progress says it
 
     @property
     def stage(self) -> StageSpec:
@@ -156,9 +192,83 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """torch's AdamW (betas 0.9 and 0.999) with the groups of the stage; before DeepSpeed shards the weights."""
         if self.optimizer is None:
-            groups = parameter_groups(model or self.parts.model, self.stage.lr, self.stage.weight_decay)
+            stage = self.stage
+            groups = parameter_groups(model or self.parts.model, stage.lr, stage.weight_decay, stage.vision_layer_decay)
             self.optimizer = torch.optim.AdamW(groups)
+            self.optimizer.register_step_pre_hook(self.watch.hook)
+            self._groups = [
+                {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+            ]
         return self.optimizer
+
+    def run_from(self, start: tuple[Path, CheckpointInfo] | None) -> None:
+        """Train from step 0 or a checkpoint; with the signals of :mod:`.signals` handled.
+
+        Raises:
+            Stopped: every process, after the checkpoint that one of them was asked for.
+            CheckpointError: the checkpoint does not fit this number of processes and cannot be made to.
+        """
+        if start is not None and start[1].needs_conversion(self.arithmetic.processes):
+            self._converted = start[0]
+            if self.is_world_process_zero():
+                convert(start[0], start[1].processes, self.arithmetic.processes)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        if start is not None and self.average is not None:
+            self.average.load(start[0])
+        settings = remedies(self.cfg, self.args.world_size)
+        with self.stop.request.listening(), self.watch.watchdog, explained_memory(settings):
+            self.train(resume_from_checkpoint=None if start is None else str(start[0]))
+        if self.state.global_step < self.state.max_steps and self.stop.agreed:
+            raise Stopped(self.state.global_step, self.stop.agreed)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in transformers; after a conversion the optimizer is put right and what was converted is removed."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._converted is None:
+            return
+        engine, scheduler = cast(Any, self.model_wrapped), cast(Any, self.lr_scheduler)
+        put_right(engine.optimizer.optimizer, self._groups, scheduler.get_last_lr())
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            remove(self._converted)
+
+    def sound_start(self) -> tuple[Path, CheckpointInfo] | None:
+        """The newest complete checkpoint whose content is what was written; the processes share the reading.
+
+        One that has changed is named in the log, set aside, and the next older one is taken.
+        """
+        me, processes = self.args.process_index, self.args.world_size
+        while (newest := newest_complete(self.run_dir)) is not None:
+            path, info = newest
+            changed = gather_object(changed_files(path, me, processes))
+            if not changed:
+                return path, info
+            if self.is_world_process_zero():
+                set_aside(path, changed)
+            self.accelerator.wait_for_everyone()
+        return None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in transformers, except for a stream, which knows itself what this process reads of it.
+
+        Its workers leave signals to this process.
+        """
+        if (stream := self.parts.feed.stream) is not None:
+            return DataLoader(
+                stream,
+                batch_size=self.args.per_device_train_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+                worker_init_fn=ShieldedWorker(None),
+                generator=torch.Generator(),  # for the workers' seeds: the global one is the model's
+            )
+        loader: Any = super().get_train_dataloader()  # accelerate's, around a loader of torch
+        base = loader.base_dataloader
+        base.worker_init_fn = ShieldedWorker(base.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         return self.sampler
@@ -170,10 +280,12 @@ class StageTrainer(Trainer):
 
         The label of the first position is predicted by nothing and does not count.
         """
+        self.watch.begin("data")
+        self._loss_before = self._tr_loss.clone()
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        total = self.accelerator.gather(count_tokens(batches).to(device)[None]).sum(0)
-        self._tokens = self._tokens.to(device) + total
-        return batches, total[0].clamp_min(1)
+        mine = sum(facts.supervised for facts in self.watch.take(batches))
+        total = self.accelerator.gather(torch.tensor([mine], device=device)).sum()
+        return batches, total.clamp_min(1)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -181,7 +293,37 @@ class StageTrainer(Trainer):
         """As in transformers; remembers the rates that the coming optimizer step applies."""
         if self.optimizer is not None:
             self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return super().training_step(model, inputs, num_items_in_batch)
+        self.watch.next_batch()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.begin("optimizer")
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As in transformers; a loss that is not finite makes gradients that are not."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.watch.losses(loss, outputs.token_losses)
+        return (poison(loss), outputs) if return_outputs else poison(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in transformers; a step that is not finite is left out, on all processes, whose norm is the same.
+
+        Raises:
+            TrainingError: it is one too many.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(norm):
+            model.zero_grad()  # AdamW passes over what has no gradient; DeepSpeed has left the step out itself
+            self._tr_loss.copy_(self._loss_before)
+            self.watch.leave_out(gather_object(self.watch.batch_losses()))
+            if self.accelerator.optimizer_step_was_skipped:
+                cast(Any, self.lr_scheduler).step()  # the schedule goes on, with any engine
+        return norm
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add rates per part, the layers that the step skipped, supervised tokens and speed since the last line."""
@@ -192,12 +334,10 @@ class StageTrainer(Trainer):
             logs |= {f"lr/{part}": rate for part, rate in self._rates.items()}
             if self.schedule.layers:
                 logs["skip/layers"] = self.schedule.skipped(self.state.global_step - 1, self.state.max_steps)
-            supervised, real, places = self._tokens.tolist()
-            logs |= {"supervised_tokens": supervised, "padding": round(1 - real / max(1, places), 4)}
+            logs = self.watch.line(logs, lambda numbers: self.accelerator.gather(numbers[None]))
             if now > before:
                 samples = (self.state.global_step - step) * self.arithmetic.global_batch
                 logs[f"{self.arithmetic.unit}_per_second"] = round(samples / (now - before), 3)
-            self._tokens = torch.zeros_like(self._tokens)
             self._last_log = (self.state.global_step, now)
         super().log(logs, start_time)
 
@@ -206,7 +346,11 @@ class StageTrainer(Trainer):
         return CheckpointInfo(self.state.global_step, self.arithmetic.processes, engine_name(self.cfg))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write ``checkpoint-N``; its marker comes last, when every process has written its share."""
+        """Write ``checkpoint-N``; its marker comes last, when every process has written its share and read it back.
+
+        No process goes on before the marker is there: one that ends early makes launchers end the others.
+        """
+        self.watch.begin("save")
         directory = self.run_dir / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero() and directory.exists():
             (directory / MARKER).unlink(missing_ok=True)
@@ -215,15 +359,28 @@ class StageTrainer(Trainer):
         with writing(directory):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            mine = written_files(directory)[self.args.process_index :: self.args.world_size]
+            sums = dict(gather_object(list(checksums(directory, mine, durable=True).items())))
             if self.is_world_process_zero():
-                mark_complete(directory, self.info())
+                if (metrics := self.run_dir / METRICS).exists():
+                    sync(metrics)
+                mark_complete(directory, self.info(), sums)
                 remove_old(self.run_dir, self.cfg.trainer.keep_checkpoints, self.state.global_step)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A model directory that can be loaded, and can start the next stage: weights, processor, plan."""
+        directory, adapters = Path(output_dir or self.run_dir), dict[str, Tensor]()
+        if self._finishing and self.average is not None:
+            state_dict = self.average.replace(state_dict or self.parts.model.state_dict())
+        if self._finishing and self.stage.lora is not None:
+            state_dict, adapters = merged(state_dict or self.parts.model.state_dict(), self.stage.lora)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            directory = Path(output_dir or self.run_dir)
+            if adapters:
+                save_file(adapters, directory / ADAPTERS)
+            if self.average is not None and not self._finishing:
+                self.average.save(directory)
             self.parts.processor.save_pretrained(directory)
             self.parts.model.plan.save(directory / "plan.json")
 
@@ -237,8 +394,11 @@ class StageTrainer(Trainer):
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with writing(partial):
+        self.watch.begin("save")
+        with self.watch.watchdog, writing(partial):
+            self._finishing = True
             self.save_model(str(partial), _internal_call=True)
+            self._finishing = False
             if self.is_world_process_zero():
                 (partial / "training_args.bin").unlink(missing_ok=True)
                 publish_model(partial, final, self._expected())
@@ -247,15 +407,8 @@ class StageTrainer(Trainer):
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Full shapes of all parameters; under ZeRO-3 the local shard's shape says nothing."""
-        return {
+        shapes = {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in self.parts.model.named_parameters()
         }
-
-
-def start_wandb(cfg: TrainConfig) -> None:
-    """Tell wandb, by the environment that it reads, where and whether to log."""
-    if cfg.trainer.wandb != "off":
-        os.environ["WANDB_MODE"] = cfg.trainer.wandb
-        os.environ["WANDB_PROJECT"] = cfg.trainer.wandb_project
-        os.environ["WANDB_DIR"] = str(Path(cfg.trainer.output_dir).absolute())
+        return plain_names(shapes) if self.stage.lora is not None else shapes

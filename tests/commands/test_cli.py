@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from skipvision_train import cli
+from skipvision_train.config.reference import entries, schema_of
 from skipvision_train.errors import ConfigError
 
 
@@ -67,6 +68,76 @@ def test_version(command):
     assert command("--version") == (0, f"skipvision {__version__}\n", "")
 
 
+@pytest.fixture
+def checks(monkeypatch):
+    """Replace ``data check`` by a recorder of the configuration."""
+    from skipvision_train.commands import data_check
+
+    configs = []
+    monkeypatch.setattr(data_check, "run", configs.append)
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe", "workers"),
+    [
+        (["sketches:sft"], "sketches:sft", 4),
+        (["mine/recipe.yaml", "workers=1"], "mine/recipe.yaml", 1),
+        (["workers=1", "mine/recipe.yaml"], "mine/recipe.yaml", 1),
+        (["recipe=sv_1m"], "sv_1m", 4),
+        (["it's {here}, [there] (1).yaml"], "it's {here}, [there] (1).yaml", 4),
+        (["--config-dir", ".", "sv_1m"], "sv_1m", 4),
+    ],
+)
+def test_two_words_and_a_recipe(command, checks, arguments, recipe, workers):
+    status, _, error = command("data", "check", *arguments)
+    assert (status, error) == (0, "")
+    assert [(cfg.recipe, cfg.workers) for cfg in checks] == [(recipe, workers)]
+
+
+def test_two_word_commands_have_a_help(command, checks):
+    status, out, _ = command("data", "check", "--help")
+    assert status == 0
+    assert out.startswith("skipvision data check: ")
+    assert "usage: skipvision data check RECIPE [" in out
+    assert "\n  error_budget=0\n" in out
+    status, out, _ = command("data", "check", "sv_1m", "--cfg", "job")
+    assert status == 0
+    assert "recipe: sv_1m" in out
+    assert checks == []
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_of_a_first_word_lists_its_commands(command, word):
+    status, out, _ = command("data", word)
+    assert status == 0
+    assert "data check RECIPE" in out
+    assert "data preview RECIPE" in out
+    assert "calibrate" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data"], "error: 'data' needs a second word; commands are data check, data preview\n"),
+        (["data", "--cfg", "job"], "error: 'data' needs a second word; "),
+        (["data", "chekc"], "error: 'data chekc' is no command; did you mean 'data check'?; commands are data check,"),
+        (["data", "sv_1m"], "error: 'data sv_1m' is no command; commands are data check, data preview\n"),
+        (["check", "sv_1m"], "error: 'check' is no command; did you mean 'data check'?"),
+        (["data check", "sv_1m"], "error: 'data check' is no command"),
+        (["data", "check", "a", "b"], "error: data check takes one recipe, found a and b\n"),
+        (["data", "check", "a", "recipe=b"], "error: data check takes one recipe, found a and recipe=b\n"),
+        (["data", "check"], "error: recipe: needs a value; "),
+    ],
+)
+def test_mistakes_in_two_words(command, checks, arguments, message):
+    status, out, error = command(*arguments)
+    assert (status, out) == (1, "")
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+    assert checks == []
+
+
 def test_config_becomes_the_dataclass(command, seen):
     status, _, error = command("train", "experiment=sv_cos", "trainer.seed=7", "model.reducer.local_keep=128")
     assert (status, error) == (0, "")
@@ -115,11 +186,28 @@ def test_cfg_job_prints_the_configuration(command, seen):
     assert seen == []
 
 
-def test_command_help_shows_the_configuration(command):
-    status, out, _ = command("train", "--help")
-    assert status == 0
-    assert out.startswith("skipvision train: train one stage")
-    assert "global_batch" in out
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_explains_every_field_without_a_heavy_import(name):
+    script = (
+        "import sys\n"
+        "from skipvision_train.cli import main\n"
+        f"try: main({[*name.split(), '--help']!r})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'hydra', 'datasets', 'matplotlib', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"skipvision {name}: {cli.COMMANDS[name]}\n\nusage: ")
+    shown = {line.split("=")[0].strip() for line in result.stdout.splitlines() if line.startswith("  ") and "=" in line}
+    assert {entry.path for entry in entries(schema_of(name))} <= shown
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = f"{sys.executable} -m skipvision_train train --help"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {program} | head -1"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("skipvision train: ")
 
 
 def test_hydra_settings_can_be_overridden(command, seen, tmp_path):

@@ -94,7 +94,7 @@ def test_layout_agrees_with_what_the_model_makes(config_factory, name):
     tiles = some_tiles(model, 4)
     batch = make_batch(model, [["i", "i", 5], ["i", "i"]], tiles)
     with torch.no_grad():
-        images = model.encode_images(batch["pixel_values"], torch.tensor(tiles))
+        images = model.encode_images(batch["pixel_values"], torch.tensor(tiles)).split()
     assert [len(image) for image in images] == [len(model.config.image_token_kinds(count)) for count in tiles]
     assert all(image.shape[1] == 32 and image.isfinite().all() for image in images)
 
@@ -172,7 +172,7 @@ def test_retained_tokens_are_those_the_class_token_attends_to(config_factory):
         tokens = model.connector(features)[0][0]
         best = sorted(features.saliency[0].topk(4).indices.tolist())
         rest = merge_tokens(tokens[[i for i in range(16) if i not in best]][None], 5)[0]
-        (image,) = model.encode_images(pixels)
+        (image,) = model.encode_images(pixels).split()
         torch.testing.assert_close(image[:4], tokens[best])
         torch.testing.assert_close(image[5:10], rest)
         torch.testing.assert_close(image[10], model.reducer.summary(rest[None])[0, 0])
@@ -184,7 +184,7 @@ def test_the_global_view_is_retained_and_tiles_are_merged_together(config_factor
     pixels = make_batch(model, [["i"]], [3])["pixel_values"]
     with torch.no_grad():
         tokens = model.connector(model.vision_tower(pixels))[0]
-        (image,) = model.encode_images(pixels, torch.tensor([3]))
+        (image,) = model.encode_images(pixels, torch.tensor([3])).split()
         torch.testing.assert_close(image[:16], tokens[0])
         torch.testing.assert_close(image[17:22], merge_tokens(tokens[1:].flatten(0, 1)[None], 5)[0])
 
@@ -197,8 +197,8 @@ def test_a_batch_chooses_how_many_queries_it_uses(config_factory):
     fewer["attention_mask"] = (fewer["input_ids"] != 0).long()
     fewer["token_kinds"] = torch.where(fewer["input_ids"] == IMAGE, int(TokenKind.RETAINED), int(TokenKind.TEXT))
     with torch.no_grad():
-        four = model.encode_images(batch["pixel_values"], queries=4)
-        nine = model.encode_images(batch["pixel_values"])
+        four = model.encode_images(batch["pixel_values"], queries=4).split()
+        nine = model.encode_images(batch["pixel_values"]).split()
         for few, many in zip(four, nine, strict=True):
             torch.testing.assert_close(few, many[:4])
         embeds = model._embed(fewer["input_ids"], fewer["pixel_values"], None)

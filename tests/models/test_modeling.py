@@ -85,7 +85,7 @@ def plans():
 def test_dense_plan_is_the_stock_language_model_bit_for_bit(model):
     inputs = batch(model, [row(model, 5, "i", 6, 7)])
     embeds = model.language_model.get_input_embeddings()(inputs["input_ids"])
-    embeds[inputs["input_ids"] == IMAGE] = model.encode_images(inputs["pixel_values"])[0]
+    embeds[inputs["input_ids"] == IMAGE] = model.encode_images(inputs["pixel_values"]).tokens
     stock = model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
     assert torch.equal(logits(model, **inputs), stock)
 
@@ -357,7 +357,7 @@ def test_dense_arrangement_has_no_reducer_weights(config_factory):
     config = config_factory(reducer=ReducerConfig.off())
     model = SkipVisionForConditionalGeneration(config)
     assert list(model.reducer.parameters()) == []
-    assert [tuple(image.shape) for image in model.encode_images(torch.zeros(2, 3, 32, 32))] == [(22, 32)] * 2
+    assert [tuple(image.shape) for image in model.encode_images(torch.zeros(2, 3, 32, 32)).split()] == [(22, 32)] * 2
 
 
 def test_config_json_holds_what_it_says(model, tmp_path):

@@ -102,7 +102,7 @@ def test_every_image_of_a_batch_is_what_it_is_by_hand(config_factory, config, ti
         torch.nn.init.normal_(scorer.score.weight)
     levels, saliency = connector_output(config, sum(tiles))
     with torch.no_grad():
-        found = reducer(levels, saliency, tiles)
+        found = reducer(levels, saliency, tiles).split()
         starts = [sum(tiles[:i]) for i in range(len(tiles))]
         for image, start, count in zip(found, starts, tiles, strict=True):
             own = slice(start, start + count)
@@ -117,7 +117,7 @@ def test_every_image_of_a_batch_is_what_it_is_by_hand(config_factory, config, ti
 @pytest.mark.parametrize("tiles", [[1, 1], [3, 2]])
 def test_dense_tokens_stay_as_they_are(tiles):
     levels, _ = connector_output(ReducerConfig.off(), sum(tiles))
-    found = Reducer(ReducerConfig.off(), WIDTH)(levels, tiles=tiles)
+    found = Reducer(ReducerConfig.off(), WIDTH)(levels, tiles=tiles).split()
     reducer, start = Reducer(ReducerConfig.off(), WIDTH), 0
     for image, count in zip(found, tiles, strict=True):
         own = [level[start : start + count] for level in levels]
@@ -176,12 +176,12 @@ def test_registers_stand_behind_every_image(config_factory, arrangement):
     before = config_factory(reducer=arrangement).image_token_kinds()
     assert config_factory(reducer=with_them).image_token_kinds() == (*before, Y, Y, Y)
     reducer, (inputs, _) = Reducer(with_them, WIDTH), connector_output(arrangement, 2)
-    found = torch.stack(reducer(inputs))
+    found = torch.stack(reducer(inputs).split())
     assert found.shape == (2, len(before) + 3, WIDTH)
     torch.testing.assert_close(found[:, -3:], reducer.registers.expand(2, 3, WIDTH), rtol=0, atol=0)
     plain = Reducer(arrangement, WIDTH)
     plain.load_state_dict({k: v for k, v in reducer.state_dict().items() if k != "registers"})
-    torch.testing.assert_close(found[:, :-3], torch.stack(plain(inputs)), rtol=0, atol=0)
+    torch.testing.assert_close(found[:, :-3], torch.stack(plain(inputs).split()), rtol=0, atol=0)
     found[:, -3:].sum().backward()
     torch.testing.assert_close(reducer.registers.grad, torch.full((3, WIDTH), 2.0))
 
@@ -193,10 +193,8 @@ def test_registers_start_small_and_different():
     assert registers.mean().abs() < 1e-3
     assert torch.pdist(registers).min() > 0.3  # 0.02 times the root of 2 * 256 is 0.45
     assert Reducer(ReducerConfig(), WIDTH).registers is None
-    (half,) = Reducer(replace(ReducerConfig.off(), registers=2), WIDTH)(
-        [torch.zeros(1, 4, WIDTH, dtype=torch.bfloat16)]
-    )
-    assert half.dtype == torch.bfloat16
+    half = Reducer(replace(ReducerConfig.off(), registers=2), WIDTH)([torch.zeros(1, 4, WIDTH, dtype=torch.bfloat16)])
+    assert half.tokens.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"^reducer\.registers: -1 is out of range; use 0 or more$"):
         ReducerConfig(registers=-1)
 
@@ -205,7 +203,8 @@ def test_the_last_local_token_is_the_most_distinctive():
     """Fifteen tokens around one direction and one against it, which must come right before the latter summary."""
     local = torch.tensor([1.0, 0, 0, 0, 0]) + 0.1 * torch.randn(1, 16, WIDTH)
     local[0, 4] *= -1
-    (found,) = Reducer(ReducerConfig(local_keep=6), WIDTH)([torch.randn(1, 2, WIDTH), torch.randn(1, 4, WIDTH), local])
+    levels = [torch.randn(1, 2, WIDTH), torch.randn(1, 4, WIDTH), local]
+    found = Reducer(ReducerConfig(local_keep=6), WIDTH)(levels).tokens
     torch.testing.assert_close(found[-2], local[0, 4], rtol=0, atol=0)
 
 
@@ -231,6 +230,15 @@ def test_modules_with_weights_run_once_however_images_are_cut(tiles):
     assert len(calls) == 2  # former and latter
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_tensor_comes_out_however_many_images_there_are(count):
+    """Under ZeRO-3 every output tensor is another step of the order that all processes must share."""
+    config = ReducerConfig(split="tiles", local_keep=100, former_over="retained", last_local_ffn=False)
+    found = Reducer(config, WIDTH)(connector_output(config, 2 * count)[0], tiles=[2] * count)
+    assert sum(isinstance(part, torch.Tensor) for part in found) == 1
+    assert len(found.lengths) == count
+
+
 @pytest.mark.parametrize("split", ["finest", "saliency", "tiles"])
 def test_gradients_reach_every_token_and_parameter(split):
     config = ReducerConfig(
@@ -243,7 +251,7 @@ def test_gradients_reach_every_token_and_parameter(split):
     reducer = Reducer(config, WIDTH)
     levels, saliency = connector_output(config, 3 if split == "tiles" else 1)
     levels = [level.requires_grad_() for level in levels]
-    torch.cat(reducer(levels, saliency, [len(saliency)])).square().sum().backward()
+    reducer(levels, saliency, [len(saliency)]).tokens.square().sum().backward()
     assert all((level.grad.abs().amax(-1) > 0).all() for level in levels)
     assert all(parameter.grad.abs().max() > 0 for parameter in reducer.parameters())
 

@@ -28,6 +28,7 @@ from skipvision_train.plans import (
     skip_ffn,
     vskip,
 )
+from skipvision_train.plans.attention import put_rows
 from skipvision_train.plans.stages import Census, LiveTokens, select_queries
 
 IMAGE_IN_TEXT = "ttrryssyttt"
@@ -294,3 +295,20 @@ def test_call_errors(kit, model):
             model(kit.ids_for(layout), token_layout=layout, attention_mask=layout.visible()[:, None])
         with pytest.raises(PlanError, match="output_attentions"):
             model(kit.ids_for(layout), token_layout=layout, output_attentions=True)
+
+
+def test_put_rows_is_index_copy_and_saves_nothing():
+    """What autograd saves it asks for in the backward pass, which recomputes a layer too early for ZeRO-3."""
+
+    def run(put):
+        torch.manual_seed(0)
+        tokens, values, packed = torch.ones(5, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(1) or tensor, lambda tensor: tensor):
+            result = put(tokens, torch.tensor([4, 1]), values)
+        (result * torch.arange(15.0).view(5, 3)).sum().backward()
+        return (result.detach(), tokens.grad, values.grad), len(packed)
+
+    ours, saved = run(put_rows)
+    theirs, saved_by_torch = run(lambda tokens, rows, values: tokens.index_copy(0, rows, values))
+    assert all(map(torch.equal, ours, theirs))
+    assert saved == 0 < saved_by_torch

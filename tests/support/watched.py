@@ -98,5 +98,5 @@ def prompt_embeds(model: Any, sample: Sample) -> Tensor:
     """(T, C): what the language model gets, read off a stock forward of our model."""
     tokens = model.language_model.model.embed_tokens(sample.inputs["input_ids"][0])
     visual = sample.inputs["input_ids"][0] == model.config.image_token_id
-    tokens[visual] = torch.cat(model.encode_images(sample.inputs["pixel_values"]))
+    tokens[visual] = model.encode_images(sample.inputs["pixel_values"]).tokens
     return tokens.detach()

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.training import checkpoints
 from skipvision_train.training.checkpoints import (
+    DAMAGED,
     MARKER,
     CheckpointInfo,
     all_checkpoints,
+    changed_files,
     check_same_run,
     mark_complete,
     newest_complete,
     publish_model,
     read_marker,
     remove_old,
+    set_aside,
     writing,
+    written_files,
 )
 
 INFO = CheckpointInfo(step=3, processes=1, engine="none")
@@ -63,6 +69,71 @@ def test_damaged_is_not_complete(tmp_path, damage):
     assert found[0].name == "checkpoint-2"
 
 
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    path = make(tmp_path, 3)
+    assert changed_files(path) == []
+    flip(path / "shards" / "0.pt")
+    assert read_marker(path) == INFO  # sizes are as they were
+    assert changed_files(path) == ["shards/0.pt"]
+    (path / "model.safetensors").unlink()
+    assert changed_files(path) == ["model.safetensors", "shards/0.pt"]
+
+
+def test_shares_of_the_reading_cover_every_file_once(tmp_path):
+    path = make(tmp_path, 3)
+    for name in ("a", "b", "c", "model.safetensors", "shards/0.pt"):
+        (path / name).write_bytes(name.encode())
+    mark_complete(path, INFO)
+    for name in written_files(path):
+        flip(path / name)
+    for shares in (1, 2, 3, 7):
+        found = [name for share in range(shares) for name in changed_files(path, share, shares)]
+        assert sorted(found) == ["a", "b", "c", "model.safetensors", "shards/0.pt"]
+
+
+def test_set_aside(tmp_path, caplog):
+    make(tmp_path, 2)
+    path = make(tmp_path, 3)
+    set_aside(path, ["model.safetensors", "shards/0.pt"])
+    assert "checkpoint-3: the content of model.safetensors and 1 more is not what was written" in caplog.text
+    assert newest_complete(tmp_path)[0].name == "checkpoint-2"
+    mark_complete(path, INFO)
+    assert DAMAGED in written_files(path)
+    remove_old(tmp_path, 0, 3)
+    assert [step for step, _ in all_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_a_marker_of_an_earlier_version_has_no_checksums(tmp_path):
+    path = make(tmp_path, 3)
+    content = json.loads((path / MARKER).read_text())
+    content.pop("crc32")
+    (path / MARKER).write_text(json.dumps(content))
+    flip(path / "model.safetensors")
+    assert read_marker(path) == INFO
+    assert changed_files(path) == []
+
+
+def test_everything_is_on_the_disk_before_the_marker_is_there(tmp_path, monkeypatch):
+    """Files, the folders that name them, and the marker itself under its temporary name, each with no marker yet."""
+    path, synced = make(tmp_path, 3, complete=False), []
+
+    def fsync(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), (path / MARKER).exists()))
+
+    monkeypatch.setattr(checkpoints.os, "fsync", fsync)
+    mark_complete(path, INFO)
+    before = {file for file, marked in synced if not marked}
+    files = {path / "model.safetensors", path / "shards" / "0.pt", path / f"{MARKER}.tmp"}
+    assert before == files | {path / "shards", path, tmp_path}
+    assert synced[-1] == (path, True)
+
+
 def test_order_is_by_number(tmp_path):
     for step in (9, 10, 100):
         make(tmp_path, step)
@@ -92,9 +163,10 @@ def test_other_engine_or_processes(tmp_path):
     zero = CheckpointInfo(3, 2, "zero2")
     with pytest.raises(CheckpointError, match="written with deepspeed zero2, this run has none"):
         zero.check_fits(CheckpointInfo(3, 2, "none"), tmp_path)
-    with pytest.raises(CheckpointError, match="written by 2 processes, this run has 4; continue with 2"):
-        zero.check_fits(CheckpointInfo(3, 4, "zero2"), tmp_path)
-    CheckpointInfo(3, 2, "none").check_fits(CheckpointInfo(3, 4, "none"), tmp_path)
+    zero.check_fits(CheckpointInfo(3, 4, "zero2"), tmp_path)
+    assert zero.needs_conversion(4)
+    assert not zero.needs_conversion(2)
+    assert not CheckpointInfo(3, 2, "none").needs_conversion(4)
 
 
 def test_publishing_renames_a_whole_model(tmp_path):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +63,38 @@ def test_a_resumed_packed_run_gives_the_same_losses(make_cfg, tmp_path, workers,
             run_stage(cfg, (InterruptAfter(step),))
         run_stage(cfg)
         assert [row["loss"] for row in metrics(tmp_path / str(step))] == losses
+
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+
+
+def launch(workspace, run, *overrides):
+    """Two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [str(SCRIPT), "--config-dir", str(workspace / "conf"), "experiment=tiny", f"trainer.output_dir={run}",
+         *overrides],
+        cwd=run.parent, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.mark.distributed
+def test_two_processes_take_the_packed_steps_of_one_also_resumed(make_cfg, workspace, tmp_path):
+    """Resumed in the middle of the second epoch, which has two steps."""
+    batch = ("trainer.per_device_batch=1", "trainer.global_batch=2", "trainer.max_steps=5", "trainer.save_every=1")
+    overrides = (*PACKED, *batch, "trainer.keep_checkpoints=0")
+    run_stage(make_cfg(*overrides, f"trainer.output_dir={tmp_path / 'one'}"))
+    expected = pytest.approx([row["loss"] for row in metrics(tmp_path / "one")], rel=1e-6)
+    run = tmp_path / "two"
+    launch(workspace, run, *overrides)
+    assert [row["loss"] for row in metrics(run)] == expected
+    shutil.rmtree(run / "model")
+    for step in (4, 5):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    launch(workspace, run, *overrides, "trainer.workers=1")
+    assert [row["loss"] for row in metrics(run)] == expected

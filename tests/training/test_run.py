@@ -319,19 +319,16 @@ def test_images_are_what_the_fixture_says(workspace):
         assert image.size == (30, 70)
 
 
-def test_wandb_offline_keeps_the_run_on_disk(make_cfg, monkeypatch):
+def test_wandb_offline_keeps_the_run_on_disk(make_cfg):
     import wandb
 
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
-        monkeypatch.setenv(name, "")  # the stage sets them; this puts them back afterwards
     cfg = make_cfg("trainer.max_steps=2", "trainer.save_every=0", "trainer.wandb=offline")
     run_stage(cfg)
-    wandb.finish()
     wandb.teardown()  # waits for the process that writes the file
     (log,) = (Path(cfg.trainer.output_dir) / "wandb").glob("offline-run-*/*.wandb")
     content = log.read_bytes()
-    assert b"train/loss" in content
-    assert b"train/lr/connector" in content
+    assert b"loss/tiny" in content
+    assert b"lr/connector" in content
 
 
 def test_a_packed_run_learns_from_every_record_once(make_cfg, tmp_path):

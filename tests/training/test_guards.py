@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipvision_train.errors import ConfigError, TrainingError
+from skipvision_train.training.callbacks import read_metrics
+from skipvision_train.training.guards import BatchLoss, LossSpikes, NonfiniteGuard, explained_memory, poison
+from skipvision_train.training.ranks import check_started_alike, differences
+from skipvision_train.training.run import run_stage
+from tests.support.faulty_stage import FAULTY_STEP, Poison
+
+SCRIPT = Path(__file__).parents[1] / "support" / "faulty_stage.py"
+
+
+def launch_faulty(cfg, fault, folder):
+    """Two processes by torchrun."""
+    (folder / "cfg.pkl").write_bytes(pickle.dumps(cfg))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        ["torchrun", "--nproc_per_node=2", f"--master_port={port}", str(SCRIPT), "cfg.pkl", fault, str(folder)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+def lines_of(cfg):
+    return read_metrics(Path(cfg.trainer.output_dir) / "metrics.jsonl")
+
+
+def check_left_out(cfg, plain_rates, rank):
+    rows = lines_of(cfg)
+    assert [row["loss"] is None for row in rows] == [False, False, True, False]
+    assert [row["grad_norm"] is None for row in rows] == [False, False, True, False]
+    assert [row["guards/nonfinite_steps"] for row in rows] == [0, 0, 1, 1]
+    assert [row["lr/llm"] for row in rows] == pytest.approx(plain_rates)
+    (event,) = map(json.loads, (Path(cfg.trainer.output_dir) / "nonfinite.jsonl").read_text().splitlines())
+    assert event["step"] == FAULTY_STEP + 1
+    assert {batch["rank"] for batch in event["batches"] if batch["loss"] is None} == {rank}
+    assert all(sample.endswith(" of tiny") for batch in event["batches"] for sample in batch["samples"])
+    assert sum(len(batch["samples"]) for batch in event["batches"]) == cfg.trainer.global_batch
+
+
+RATES = [0.0, 5e-3, 0.75 * 5e-3, 0.25 * 5e-3]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(make_cfg):
+    cfg, fault = make_cfg("trainer.save_every=0", "trainer.per_device_batch=1"), Poison(True)
+    run_stage(cfg, (fault,))
+    assert fault.seen == {"weights": True, "moments": True}
+    check_left_out(cfg, RATES, rank=0)
+
+
+def test_the_budget_stops_the_run_with_the_records(make_cfg):
+    cfg = make_cfg("trainer.save_every=0", "trainer.guards.nonfinite_budget=0")
+    with pytest.raises(TrainingError, match=r"step 3: the loss is not finite .* \d+ of tiny.*nonfinite_budget is 0"):
+        run_stage(cfg, (Poison(True),))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
+def test_all_ranks_leave_out_the_step_of_one(make_cfg, tmp_path, engine):
+    zero = {
+        "plain": (),
+        "zero2": ("deepspeed.stage=2",),
+        "zero3": ("deepspeed.stage=3", "deepspeed.persistence_threshold=0"),
+    }
+    cfg = make_cfg("trainer.save_every=0", "trainer.per_device_batch=1", *zero[engine])
+    done = launch_faulty(cfg, "poison", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank-{rank}.json").read_text()) == {"weights": True, "moments": True}
+    check_left_out(cfg, RATES, rank=1)
+
+
+@pytest.mark.distributed
+def test_ranks_with_different_configurations_are_told_apart_before_training(make_cfg, tmp_path):
+    done = launch_faulty(make_cfg(), "configuration", tmp_path)
+    assert done.returncode != 0
+    expected = "error: rank 0 and rank 1 were started with different stage.weight_decay 0.0 and 0.125"
+    assert done.stderr.count(expected) == 2  # both ranks say it, none waits
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_a_stuck_rank_is_named(make_cfg, tmp_path):
+    done = launch_faulty(make_cfg("trainer.guards.stuck_after=20", "trainer.save_every=0"), "hang", tmp_path)
+    assert done.returncode != 0
+    assert f"forward of step {FAULTY_STEP + 1}" in done.stderr or f"other of step {FAULTY_STEP + 1}" in done.stderr
+    assert "stuck: rank 1; the others wait for it" in done.stderr
+    stacks = [file.read_text() for file in (tmp_path / "run" / "ranks").glob("*.stacks.txt")]
+    assert any("faulty_stage.py" in text and "on_step_begin" in text for text in stacks)
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TrainingError, match=f"MASTER_PORT {port}: another program uses the port"):
+            check_started_alike({}, 1.0)
+
+
+def test_a_rank_that_does_not_show_up_is_an_error(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=r"not all processes came there: .*1/2"):
+        check_started_alike({}, 0.2)
+
+
+def test_differences_name_fields_that_only_one_has():
+    assert differences({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == ["a 1 and None", "b 2 and 3", "c None and 4"]
+
+
+@pytest.mark.parametrize("value", [1.5, torch.inf, torch.nan])
+def test_poison_leaves_finite_losses_and_spoils_all_gradients_of_others(value):
+    weight = torch.tensor([2.0, 0.0], requires_grad=True)
+    loss = poison((weight * 3).sum() + value)
+    loss.backward()
+    if value == 1.5:
+        assert loss.item() == 7.5
+        assert weight.grad.tolist() == [3.0, 3.0]
+    else:
+        assert weight.grad.isnan().all()
+
+
+def test_the_budget_counts_on_behind_a_resume(tmp_path):
+    batch = BatchLoss(0, None, ("7 of a",))
+    guard = NonfiniteGuard(2, tmp_path / "n.jsonl", writes=True)
+    guard.begin(0)
+    guard.skipped(3, [batch])
+    guard.skipped(8, [batch])
+    again = NonfiniteGuard(2, tmp_path / "n.jsonl", writes=True)
+    again.begin(5)  # step 8 was not kept
+    assert again.count == 1
+    again.skipped(8, [batch])
+    with pytest.raises(TrainingError, match="7 of a"):
+        again.skipped(9, [batch])
+
+
+def test_finite_losses_with_a_nonfinite_gradient_name_every_record(tmp_path):
+    guard = NonfiniteGuard(0, tmp_path / "n.jsonl", writes=False)
+    with pytest.raises(TrainingError, match=r"gradient is not finite though the loss is.*1 of a, 2 of a"):
+        guard.skipped(1, [BatchLoss(0, 1.0, ("1 of a",)), BatchLoss(1, 1.0, ("2 of a",))])
+
+
+def test_a_spike_is_measured_against_the_median(tmp_path):
+    spikes, losses = LossSpikes(window=100, least=5), [1.0, 1.1, 0.9, 1.2, 0.8, 50.0]
+    scores = [spikes.score(loss) for loss in losses]
+    assert scores[:5] == [None] * 5
+    before = losses[:5]
+    deviation = statistics.median(abs(x - statistics.median(before)) for x in before)
+    assert scores[5] == pytest.approx(49.0 / (1.4826 * deviation))
+    assert spikes.score(1.0) == pytest.approx(-0.05 / (1.4826 * 0.15), abs=1e-6)  # one outlier hardly moves either
+
+
+def test_out_of_memory_says_what_to_change():
+    with (
+        pytest.raises(TrainingError, match=r"too small: CUDA out of memory. Tried to allocate 2.00 GiB; try X"),
+        explained_memory("try X"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Of the allocated memory 1")
+
+
+@pytest.mark.parametrize("change", ["guards.nonfinite_budget=-1", "guards.memory=maybe", "peak_tflops=0"])
+def test_settings_out_of_range_are_refused(make_cfg, change):
+    with pytest.raises(ConfigError, match=rf"^trainer\.{change.partition('=')[0]}: "):
+        run_stage(make_cfg(f"trainer.{change}"))
