@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 COMMANDS = {
     "train": "train one stage; with --dry-run only show what would be trained",
+    "pipeline": "train several stages, each from the model of the one before it",
     "sketches": "write the embedded data set",
     "calibrate": "measure what each layer gives visual tokens and find a skip plan",
     "export": "a checkpoint of a run as a plain model directory",
