@@ -39,6 +39,7 @@ from skipvision_train.models.vision import read_vision_checkpoint
 from skipvision_train.plans.layout import IGNORE_INDEX
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training import dryrun
+from skipvision_train.training.arguments import engine_name
 from skipvision_train.training.batching import BatchArithmetic, ElasticQueries, TrainCollator
 from skipvision_train.training.checkpoints import (
     CONFIG,
@@ -54,7 +55,7 @@ from skipvision_train.training.lora import add_adapters
 from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.ranks import check_started_alike
 from skipvision_train.training.stages import apply_rates
-from skipvision_train.training.trainer import StageParts, StageTrainer, engine_name
+from skipvision_train.training.trainer import StageParts, StageTrainer
 from skipvision_train.training.watching import check_device_memory
 
 log = logging.getLogger(__name__)

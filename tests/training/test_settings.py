@@ -8,10 +8,10 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from skipvision_train.config.specs import DeepSpeedSpec, TrainerSpec
+from skipvision_train.training.arguments import training_arguments
 from skipvision_train.training.batching import BatchArithmetic
 from skipvision_train.training.callbacks import MetricsFile, read_metrics
 from skipvision_train.training.deepspeed_config import render
-from skipvision_train.training.trainer import training_arguments
 
 
 def test_zero2():
