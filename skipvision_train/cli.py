@@ -12,6 +12,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -37,6 +38,9 @@ COMMANDS = {
 
 _GROUPS = {"data": "RECIPE"}
 """First words of commands of two, and the positional argument that these commands take."""
+
+_TEXTS = {"generate": ("prompt", "system")}
+"""Fields that hold what people write: quoted here, because commas, colons and brackets mean something to Hydra."""
 
 # Hydra's options whose value is an argument of its own.
 _WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
@@ -111,9 +115,25 @@ def _named_recipe(name: str, arguments: Sequence[str]) -> list[str]:
         fail(f"{name} takes one recipe, found {' and '.join(given)}")
     result = list(arguments)
     for place in found:
-        quoted = arguments[place].replace("'", "\\'")
-        result[place] = f"recipe='{quoted}'"  # quotes: a path may hold what Hydra's grammar gives a meaning
+        result[place] = f"recipe={_quoted(arguments[place])}"  # a path may hold what Hydra's grammar gives a meaning
     return result
+
+
+def _quoted(text: str) -> str:
+    """``text`` as a quoted value of Hydra's grammar, in which backslashes count before a quote, and ``${`` begins an
+    interpolation."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return "'" + escaped.replace("${", "\\${") + "'"
+
+
+def _quoted_text(name: str, argument: str) -> str:
+    """An override of a field that holds a text, quoted unless it is already."""
+    key, equals, value = argument.partition("=")
+    if key not in _TEXTS.get(name, ()) or not equals or value == "null":
+        return argument
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return argument
+    return f"{key}={_quoted(value)}"
 
 
 def _positional(name: str) -> str:
@@ -207,6 +227,7 @@ def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[s
 
     Ours stand directly before the user's first override: Hydra's parser takes only one run of overrides.
     """
+    arguments = [_quoted_text(name, argument) for argument in arguments]
     types = {field.name: field.type for field in dataclasses.fields(schema)}
     if types.get("plan") in ("PlanSpec", "PlanSpec | None"):
         arguments = [part for argument in arguments for part in _plan_file(argument)]

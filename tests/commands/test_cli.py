@@ -203,6 +203,43 @@ def test_help_explains_every_field_without_a_heavy_import(name):
     assert {entry.path for entry in entries(schema_of(name))} <= shown
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What's there?",
+        "Red, or blue?",
+        "a: [b] {c} (d)",
+        'say "no"',
+        "C:\\",
+        "it\\'s",
+        "${oc.env:HOME} = x",
+        "two\nlines",
+        "",
+        "'",
+        "5",
+        "true",
+    ],
+)
+def test_what_people_write_needs_no_quotes(command, monkeypatch, text):
+    from skipvision_train.commands import generate
+
+    configs = []
+    monkeypatch.setattr(generate, "run", configs.append)
+    status, _, error = command("generate", "checkpoint=c", f"prompt={text}", f"system={text}")
+    assert (status, error) == (0, "")
+    assert (configs[0].prompt, configs[0].system) == (text, text)
+
+
+@pytest.mark.parametrize(("given", "found"), [("'Red, or blue?'", "Red, or blue?"), ('"a: b"', "a: b"), ("null", None)])
+def test_what_is_quoted_already_stays(command, monkeypatch, given, found):
+    from skipvision_train.commands import generate
+
+    configs = []
+    monkeypatch.setattr(generate, "run", configs.append)
+    assert command("generate", "checkpoint=c", f"system={given}")[0] == 0
+    assert configs[0].system == found
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     program = f"{sys.executable} -m skipvision_train train --help"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {program} | head -1"], capture_output=True, text=True)
