@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from launched import launch
 from PIL import Image
 from transformers import set_seed
 
 from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.run import assemble, run_stage
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 FASTV = ("plan.method=fastv", "plan.layer=1", "plan.keep=0.5")
 
 
@@ -71,20 +66,6 @@ def test_gradients_are_those_of_the_samples_one_by_one(make_cfg, mixed, plan, pa
         batches = [parts.collator(examples[:5]), parts.collator(examples[5:6]), parts.collator(examples[6:])]
     for name, gradient in gradients(batches).items():
         torch.testing.assert_close(gradient, single[name], rtol=1e-4, atol=3e-6, msg=name)
-
-
-def launch(workspace, run, *overrides):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2", "MASTER_PORT": str(port)}
-    done = subprocess.run(
-        [str(SCRIPT), "--config-dir", str(workspace / "conf"), "experiment=tiny", f"trainer.output_dir={run}",
-         *overrides],
-        cwd=run.parent, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-20000:]
 
 
 @pytest.mark.distributed

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import launch
 from transformers import TrainerCallback
 
 from skipvision_train.training.callbacks import read_metrics
@@ -63,24 +60,6 @@ def test_a_resumed_packed_run_gives_the_same_losses(make_cfg, tmp_path, workers,
             run_stage(cfg, (InterruptAfter(step),))
         run_stage(cfg)
         assert [row["loss"] for row in metrics(tmp_path / str(step))] == losses
-
-
-SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
-
-
-def launch(workspace, run, *overrides):
-    """Two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2", "MASTER_PORT": str(port)}
-    done = subprocess.run(
-        [str(SCRIPT), "--config-dir", str(workspace / "conf"), "experiment=tiny", f"trainer.output_dir={run}",
-         *overrides],
-        cwd=run.parent, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.mark.distributed

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from launched import launch
 from transformers import TrainerCallback
 
 from skipvision_train.config.validate import validate
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.run import assemble, describe_stage, run_stage
-
-SCRIPTS = Path(__file__).parents[2] / "launch"
 
 
 class InterruptionError(Exception):
@@ -89,21 +83,6 @@ def test_a_resumed_run_gives_the_same_losses_with_any_workers(make_cfg, tmp_path
         again = read_metrics(run / "metrics.jsonl")
         for key in ("step", "loss", "grad_norm", "supervised_tokens", "epoch"):
             assert [row.get(key) for row in again] == [row.get(key) for row in whole], key
-
-
-def launch(workspace, run, *overrides):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2", "MASTER_PORT": str(port)}
-    done = subprocess.run(
-        [str(SCRIPTS / "torchrun.sh"), "--config-dir", str(workspace / "conf"), "experiment=tiny",
-         f"trainer.output_dir={run}", *overrides],
-        cwd=run.parent, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 @pytest.mark.distributed
