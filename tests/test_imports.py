@@ -21,7 +21,7 @@ def test_the_package_and_the_command_line_import_no_torch():
 
 def test_inference_needs_no_hydra():
     """transformers and DeepSpeed import what they find; what counts is that nothing of ours fails without Hydra."""
-    ours = ("plans", "models.build", "data.processor", "calibration.scores", "evaluation.evaluate", "auto")
+    ours = ("plans", "models.build", "data.processor", "calibration.scores", "evaluation.evaluate", "inference", "auto")
     missing = "sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'wandb')))"
     modules_after(f"{missing}\nimport {', '.join(f'skipvision_train.{name}' for name in ours)}")
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from skipvision_train.data.images import _located, image_facts, load_image
+from skipvision_train.data.images import image_facts, load_image, located_ref
 from skipvision_train.data.mixture import Part
 from skipvision_train.data.records import MAX_ID_LENGTH, ImageRef, Record, move_image_first, text_bytes
 from skipvision_train.data.sources import Selection
@@ -285,7 +285,7 @@ class RecordCheck(Dataset[Tally]):
         """Width and height of an image that can be decoded, or what is wrong with it."""
         stage = "missing"
         try:
-            located = _located(image, name)
+            located = located_ref(image, name)
             stage = "refused"
             content = _digest(located)
             stage = "broken"

@@ -92,7 +92,7 @@ def load_image(
             ``MAX_PIXELS``, a side longer than ``MAX_SIDE``, more than ``MAX_SCANNED``, values that ``to_rgb`` refuses,
             or what ``ImageRef.open`` says.
     """
-    with _opened(_located(ref, record_id), record_id) as image:
+    with _opened(located_ref(ref, record_id), record_id) as image:
         if shrink is not None and image.format == "JPEG":
             width, height = (image.height, image.width) if _is_turned(image) else image.size
             factor = shrink(width, height)
@@ -113,7 +113,7 @@ def image_facts(ref: ImageRef | Path | str, record_id: str) -> ImageFacts:
     Raises:
         DataError: as ``load_image``, but damage and refused values behind the header are not noticed.
     """
-    located = _located(ref, record_id)
+    located = located_ref(ref, record_id)
     listed = Path(str(ref)).suffix.lower()
     with _opened(located, record_id) as image:
         kind = image.format or ""
@@ -255,7 +255,7 @@ def _opened(ref: ImageRef, record_id: str) -> Iterator[Image.Image]:
         raise DataError(f"{ref} (record {record_id}): no image that can be decoded: {error}") from error
 
 
-def _located(ref: ImageRef | Path | str, record_id: str) -> ImageRef:
+def located_ref(ref: ImageRef | Path | str, record_id: str) -> ImageRef:
     """The same image, under the name that its file has on the disk."""
     ref = ref if isinstance(ref, ImageRef) else ImageRef(Path(ref))
     if not ref.is_file or os.path.isfile(ref.path):  # not Path.is_file, which raises on a name that is too long

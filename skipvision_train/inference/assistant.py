@@ -10,7 +10,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -337,8 +336,7 @@ class Stream:
 
     def _answer(self) -> None:
         try:
-            with torch.inference_mode(False):
-                self.reply = self._run(lambda tokens: self._tokens.put(int(tokens[0])), self._stop.is_set)
+            self.reply = self._run(lambda tokens: self._tokens.put(int(tokens[0])), self._stop.is_set)
         except BaseException as error:  # it belongs to whoever reads the pieces
             self._error = error
         finally:

@@ -167,7 +167,9 @@ def start_stage(checkpoint: Path, config: SkipVisionConfig) -> tuple[SkipVisionF
         CheckpointError: the directory is incomplete, or a tensor is missing or of another shape (named with both).
     """
     if not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: no config.json; init_from must be a finished stage's model directory")
+        raise CheckpointError(
+            f"{checkpoint}: no config.json; stage.start_from must be a finished stage's model directory"
+        )
     old = SkipVisionConfig.from_pretrained(checkpoint)
     _check_registers(checkpoint, old, config)
     _check_vision(checkpoint, old, config)

@@ -186,16 +186,6 @@ class StreamStart(TrainerCallback):
         state.epoch = state.global_step / state.max_steps
 
 
-def count_tokens(batches: Sequence[dict[str, Tensor]]) -> Tensor:
-    """(3,) int64 on the CPU: supervised tokens, real tokens and all places of some batches, padding included.
-
-    The label of a row's first position is predicted by nothing and does not count.
-    """
-    supervised = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in batches)
-    real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return torch.tensor([supervised, real, sum(batch["attention_mask"].numel() for batch in batches)])
-
-
 @dataclass(frozen=True)
 class ElasticQueries:
     """A number of queries for every batch (MQT, second stage): an even number up to ``queries``.

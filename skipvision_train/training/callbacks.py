@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from skipvision_train.errors import TrainingError
+from skipvision_train.files import write_text
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.plan_schedule import PlanSchedule
 
 
-class MetricsFile(TrainerCallback):
+class LineCallback(TrainerCallback):
+    """Is told every logged line of metrics; the summary that transformers logs at the end is none."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hand on what has a ``loss``."""
+        if logs is not None and "loss" in logs:
+            self.on_line(state, logs)
+
+    @abstractmethod
+    def on_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        """A line of the step ``state.global_step``."""
+
+
+class MetricsFile(LineCallback):
     """Append every logged step to a JSON-lines file, on the first process; the last step is always logged.
 
     A run that continues from step N drops the lines after N that the interrupted run had written.
@@ -28,28 +52,17 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not self.path.exists():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a line after the last step."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the line of a step; the summary that transformers logs at the end has no ``loss`` and is left out."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+    def on_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Write it."""
+        if state.is_world_process_zero:
+            append_lines(self.path, [{"step": state.global_step, **logs}])
 
 
 class ScheduledPlan(TrainerCallback):
@@ -81,6 +94,19 @@ class ScheduledPlan(TrainerCallback):
         if plan != self.model.plan:
             self.model.set_plan(plan)
             self.model.config.skip_plan = None if plan.is_dense else plan.to_dict()
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON-lines file.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

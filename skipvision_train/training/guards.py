@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skipvision_train.errors import TrainingError
+from skipvision_train.training.callbacks import append_lines
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,7 @@ class NonfiniteGuard:
         ranks = sorted({batch.rank for batch in guilty or batches})
         where = f"{what} (rank {', '.join(map(str, ranks))}); records: {shown}"
         if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "batches": [asdict(batch) for batch in batches]}) + "\n")
+            append_lines(self.path, [{"step": step, "batches": [asdict(batch) for batch in batches]}])
             log.warning("step %d is left out, %d of %d: %s", step, self.count, self.budget, where)
         if self.count > self.budget:
             raise TrainingError(

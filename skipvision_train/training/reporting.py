@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from skipvision_train.training.callbacks import LineCallback
 
 if TYPE_CHECKING:
     import wandb
@@ -51,7 +52,7 @@ def progress_line(state: TrainerState, logs: Mapping[str, Any], eta: str) -> str
     return ", ".join([*shown, f"{eta} left"])
 
 
-class Progress(TrainerCallback):
+class Progress(LineCallback):
     """A bar with the time that is left, on a terminal; elsewhere a plain line for every logged step.
 
     Args:
@@ -80,16 +81,9 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
         """Show the loss."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        if not state.is_world_process_zero:
             return
         if self._bar is not None:
             self._bar.set_postfix_str("loss " + ("none" if logs["loss"] is None else f"{logs['loss']:.4f}"))
@@ -106,7 +100,7 @@ class Progress(TrainerCallback):
             self._bar = None
 
 
-class TensorBoardCurves(TrainerCallback):
+class TensorBoardCurves(LineCallback):
     """Writes every logged number for TensorBoard; a continued run hides what the interrupted one had written after it.
 
     Args:
@@ -126,16 +120,9 @@ class TensorBoardCurves(TrainerCallback):
 
             self._writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
         """Write a line's numbers."""
-        if self._writer is not None and logs is not None and "loss" in logs:
+        if self._writer is not None:
             for key, value in numbers(logs).items():
                 self._writer.add_scalar(key, value, state.global_step)
             self._writer.flush()
@@ -183,7 +170,7 @@ def wandb_mode(wanted: str) -> str:
     return "offline"
 
 
-class WandbCurves(TrainerCallback):
+class WandbCurves(LineCallback):
     """Logs to Weights & Biases; every start of a run continues the same curves.
 
     Args:
@@ -219,16 +206,9 @@ class WandbCurves(TrainerCallback):
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
         """Log a line."""
-        if self._run is not None and logs is not None and "loss" in logs:
+        if self._run is not None:
             self._run.log({**numbers(logs), "step": state.global_step})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -246,9 +226,3 @@ class WandbCurves(TrainerCallback):
         if self._run is not None:
             self._run.finish()
             self._run = None
-
-
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a JSON-lines file."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(plain(row)) + "\n" for row in rows)

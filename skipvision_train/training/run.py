@@ -29,7 +29,7 @@ from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.recipes import load_recipe, load_records, load_streams
 from skipvision_train.data.streams import Streams
 from skipvision_train.errors import ConfigError, DataError, SkipVisionError
-from skipvision_train.files import write_json
+from skipvision_train.files import write_json, write_text
 from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
@@ -163,10 +163,7 @@ def record_configuration(cfg: TrainConfig, run: Path) -> None:
         ConfigError: the folder cannot be written.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        temporary = run / f"{CONFIG}.tmp"
-        temporary.write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-        temporary.replace(run / CONFIG)
+        write_text(run / CONFIG, yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"trainer.output_dir: {run} cannot be written: {error.strerror}") from error
 

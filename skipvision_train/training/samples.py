@@ -18,7 +18,7 @@ from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.records import Record
 from skipvision_train.errors import DataError
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.training.reporting import append_lines
+from skipvision_train.training.callbacks import append_lines
 
 log = logging.getLogger(__name__)
 

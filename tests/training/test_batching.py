@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
+from counted import count_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
@@ -27,7 +28,6 @@ from skipvision_train.training.batching import (
     EpochStart,
     Grouping,
     TrainCollator,
-    count_tokens,
 )
 
 

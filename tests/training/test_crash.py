@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from interrupted import InterruptAfter, InterruptionError
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.checkpoints import newest_complete
@@ -23,19 +23,6 @@ def crash(pytestconfig, monkeypatch) -> ModuleType:
     import crash
 
     return crash
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "trainer_state.json"])

@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from counted import count_tokens
 
 from skipvision_train.config.resolve import load_tokenizer, model_config
 from skipvision_train.config.validate import validate
@@ -13,7 +14,7 @@ from skipvision_train.data.dataset import RecordDataset
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.errors import ConfigError
-from skipvision_train.training.batching import TrainCollator, count_tokens
+from skipvision_train.training.batching import TrainCollator
 from skipvision_train.training.feed import open_feed
 
 

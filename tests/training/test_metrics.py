@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupted import InterruptAfter, InterruptionError
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 
+from skipvision_train.errors import TrainingError
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import EpochSampler, TrainCollator
-from skipvision_train.training.callbacks import read_metrics
+from skipvision_train.training.callbacks import MetricsFile, read_metrics
 from skipvision_train.training.clock import StepClock
 from skipvision_train.training.facts import FACTS, FactsCollator
 from skipvision_train.training.metrics import share_norm, time_logs
@@ -23,19 +25,6 @@ from skipvision_train.training.reporting import Progress, remaining, wandb_mode,
 from skipvision_train.training.run import assemble, run_stage
 from skipvision_train.training.stages import PARTS
 from skipvision_train.training.work import WorkCounter, peak_tflops
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 def lines_of(cfg):
@@ -204,6 +193,13 @@ def test_a_log_file_has_a_plain_line_per_logged_step(caplog):
     assert [line.startswith(f"step {n}/10, loss 2.5000") for n, line in zip((4, 5), lines, strict=True)] == [True, True]
     assert remaining(30.0, 3, 10) == "0:01:40"
     assert remaining(1.0, 0, 10) == "?"
+
+
+def test_a_disk_that_is_full_is_one_clear_error():
+    state = TrainerState(global_step=3)
+    state.is_world_process_zero = True
+    with pytest.raises(TrainingError, match=r"^/dev/full: cannot be written: No space left on device$"):
+        MetricsFile(Path("/dev/full")).on_line(state, {"loss": 1.0})
 
 
 def test_a_terminal_has_a_bar_and_no_lines(caplog):

@@ -6,26 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from interrupted import InterruptAfter, InterruptionError
 from launched import launch
-from transformers import TrainerCallback
 
 from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.run import assemble, run_stage
 
 PACKED = ("data.pack=true", "data.pack_length=320")
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 def metrics(run: Path):

@@ -16,6 +16,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupted import InterruptAfter, InterruptionError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -55,19 +56,6 @@ def weights(model):
 def same_weights(ours, theirs):
     ours, theirs = weights(ours), weights(theirs)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 class Watch(TrainerCallback):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import InterruptAfter, InterruptionError
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -22,19 +23,6 @@ from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.checkpoints import all_checkpoints
 from skipvision_train.training.run import assemble, run_stage
 from skipvision_train.training.stages import PARTS
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 def metrics(cfg):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import InterruptAfter, InterruptionError
 from safetensors.torch import load_file
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from skipvision_train.config.specs import RatesSpec
 from skipvision_train.config.validate import validate
@@ -21,19 +22,6 @@ from skipvision_train.training.run import assemble, run_stage
 from skipvision_train.training.stages import apply_rates, parameter_groups
 
 LORA = "stage.lora={rank: 3, alpha: 6, targets: [q_proj, down_proj]}"
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 def losses(run):

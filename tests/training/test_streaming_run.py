@@ -7,26 +7,13 @@ import shutil
 
 import pytest
 import yaml
+from interrupted import InterruptAfter, InterruptionError
 from launched import launch
-from transformers import TrainerCallback
 
 from skipvision_train.config.validate import validate
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.run import assemble, describe_stage, run_stage
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 @pytest.fixture
