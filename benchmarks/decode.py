@@ -37,10 +37,11 @@ from harness import (
     timing_of,
 )
 from output import finish, header, table
-from transformers import DynamicCache, LlamaModel
+from transformers import LlamaModel
 
 from skipvision_train.analysis.flops import decode_flops, kv_cache_bytes
 from skipvision_train.plans import SkipPlan, TokenKind, TokenLayout, bytes_held, compose, fastv, skip_ffn, skip_kv, vtw
+from skipvision_train.plans.cache import growing_cache
 
 COLUMNS = {
     "ms": "ms per step",
@@ -95,7 +96,7 @@ def decode(
 ) -> Sample:
     """Prefill ``embeds`` (B, T, C) under ``plan``, then feed ``tokens`` (steps, B, 1) one by one; seconds per step."""
     with attached(model, plan, timing.backend) as attachment:
-        cache = DynamicCache(config=model.config)
+        cache = growing_cache(model.config)
         model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **layout_keyword(attachment, layout))
         held = bytes_held(cache)
         with Stopwatch(embeds.device, timing.clock) as watch:

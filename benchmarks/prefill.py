@@ -36,7 +36,7 @@ from harness import (
     timing_of,
 )
 from output import finish, header, table
-from transformers import DynamicCache, LlamaModel
+from transformers import LlamaModel
 
 from skipvision_train.plans import (
     SkipPlan,
@@ -53,6 +53,7 @@ from skipvision_train.plans import (
     vskip,
     vtw,
 )
+from skipvision_train.plans.cache import growing_cache
 from skipvision_train.plans.methods import SPARSEVLM_KEEP
 
 VSKIP_SHARE = 19 / 32
@@ -108,7 +109,7 @@ def prefill(
     """One prefill of ``embeds`` (B, T, C) into a fresh cache; the stock model if ``plan`` is None."""
     with attached(model, plan, timing.backend) as attachment:
         keyword = layout_keyword(attachment, layout)
-        cache = DynamicCache(config=model.config)
+        cache = growing_cache(model.config)
         with Stopwatch(embeds.device, timing.clock) as watch:
             model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **keyword)
     return Sample(watch.seconds, watch.peak_bytes)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipvision_train.evaluation.results import Timing
-from skipvision_train.inference.decoding import Sampling, cache_bytes, generate
+from skipvision_train.inference.decoding import Sampling, generate
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.plans.cache import bytes_held, growing_cache
 from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
 
@@ -77,10 +78,10 @@ def _run(
 ) -> tuple[float, float, int]:
     """Milliseconds of the prefill and of one decoding step, and the cache's bytes after the prefill."""
     start = _now(model.device)
-    output = model(**batch, use_cache=True, logits_to_keep=1)
+    cache, mask = growing_cache(model.config), batch["attention_mask"]
+    output = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
     prefilled = _now(model.device)
-    cache, mask = output.past_key_values, batch["attention_mask"]
-    size = cache_bytes(cache)
+    size = bytes_held(cache)
     resumed = _now(model.device)
     for _ in range(decode_tokens):
         mask = F.pad(mask, (0, 1), value=1)

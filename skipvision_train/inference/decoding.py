@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from skipvision_train.errors import ConfigError
+from skipvision_train.plans.cache import bytes_held, growing_cache
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoding shows for the first bytes of a character whose other bytes are still to come."""
@@ -140,6 +140,7 @@ def generate(
         **sampling.arguments(),
         eos_token_id=end_ids,
         pad_token_id=pad_id,
+        past_key_values=growing_cache(model.config),
         streamer=watch,
         stopping_criteria=StoppingCriteriaList([] if stopped is None else [_Stopped(stopped)]),
         return_dict_in_generate=True,
@@ -149,22 +150,8 @@ def generate(
         tokens=found.sequences[:, inputs["input_ids"].shape[1] :].cpu(),
         first_token_ms=1000 * (first - start),
         decode_ms=1000 * (later[-1] - first) / len(later) if later else None,
-        kv_bytes=cache_bytes(found.past_key_values),
+        kv_bytes=bytes_held(found.past_key_values),
     )
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes that the keys and values of all layers hold allocated.
-
-    Storage counts, not shape: a cut-out view of a full cache would save nothing.
-    """
-    layers: Any = cache.layers  # a union of kinds of layers in transformers; attention has keys and values
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in layers
-        for tensor in (layer.keys, layer.values)
-    }
-    return sum(storages.values())
 
 
 class TextPieces:

@@ -1,8 +1,9 @@
 """Attention backends: what computes softmax attention in layers where some tokens ask and others do not.
 
 ``sdpa`` is the reference. ``varlen`` and ``flash_attention_2`` take runs of queries instead of a mask and compute
-nothing that a mask would throw away; ``flex`` compiles a kernel that skips masked blocks; ``eager`` is the textbook.
-Layers that a plan leaves alone run the model's own attention.
+nothing that a mask would throw away; ``runs`` does so with a call of torch's attention for every run; ``flex`` compiles
+a kernel that skips masked blocks; ``eager`` is the textbook. Layers that a plan leaves alone run the model's own
+attention, except where runs of queries save it a mask over packed documents.
 
 Shapes as in ``attention.py``, and: N keys of all runs.
 """
@@ -27,7 +28,7 @@ from skipvision_train.plans.visibility import Form, Segments
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "eager", "varlen", "flash_attention_2", "flex")
+BACKENDS = ("auto", "sdpa", "eager", "varlen", "flash_attention_2", "runs", "flex")
 
 PACKED_DEVICES = ("cuda",)
 PACKED_DTYPES = (torch.float16, torch.bfloat16)
@@ -71,13 +72,14 @@ def check_backend(name: str) -> None:
 
 
 @torch.compiler.disable  # it looks up and logs: nothing to compile
-def backend_for(name: str, decoder: Any, inputs: Tensor) -> Backend:
+def backend_for(name: str, decoder: Any, inputs: Tensor, has_documents: bool) -> Backend:
     """The backend of a forward: where its inputs are, and in the type in which its attention will compute.
 
     Args:
         name: one of ``BACKENDS``.
         decoder: the decoder.
         inputs: (B, T) ids or (B, T, C) embeddings.
+        has_documents: whether rows hold several documents.
 
     Raises:
         PlanError: the backend asked for cannot run there.
@@ -87,15 +89,18 @@ def backend_for(name: str, decoder: Any, inputs: Tensor) -> Backend:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     attention = decoder.layers[0].self_attn
-    return select_backend(name, inputs.device, dtype, attention.head_dim, attention.attention_dropout)
+    return select_backend(name, inputs.device, dtype, attention.head_dim, attention.attention_dropout, has_documents)
 
 
 @cache
-def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> Backend:
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, has_documents: bool = False
+) -> Backend:
     """The backend called ``name``, ``auto`` resolved, for a device, a type, a head width and an attention dropout.
 
-    ``auto`` takes ``varlen``, or ``flash_attention_2`` if that is what is installed, where flash attention runs, and
-    ``sdpa`` everywhere else. A model with attention dropout does not get ``varlen``, which has none.
+    ``auto`` takes ``varlen``, or ``flash_attention_2`` if that is what is installed, where flash attention runs; on the
+    CPU ``runs`` for packed documents; and ``sdpa`` everywhere else. A model with attention dropout does not get
+    ``varlen``, which has none.
 
     Raises:
         PlanError: the backend asked for cannot run there.
@@ -104,7 +109,9 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     if name in ("varlen", "flash_attention_2") and unfit is not None:
         raise PlanError(f"attention backend {name!r}: {unfit}; use 'auto' or 'sdpa'")
     backend = _load(name) if name != "auto" else SDPA
-    if name == "auto" and unfit is None:
+    if name == "auto" and has_documents and device.type == "cpu":
+        backend = _load("runs")
+    elif name == "auto" and unfit is None:
         backend = _installed("varlen", "flash_attention_2") if not dropout else _installed("flash_attention_2")
     logger.info("Attention of layers under a plan: %s (asked for: %s; %s, %s)", backend.name, name, device, dtype)
     return backend
@@ -145,6 +152,8 @@ def _load(name: str) -> Backend:
             return Backend(name, "segments", _packed_kernel(name, _varlen_call(), has_dropout=False))
         if name == "flash_attention_2":
             return Backend(name, "segments", _packed_kernel(name, _flash_call(), has_dropout=True))
+        if name == "runs":
+            return Backend(name, "segments", _packed_kernel(name, _each_run, has_dropout=True))
         if name == "flex":
             return Backend(name, "blocks", _flex_kernel())
     except ImportError as error:
@@ -192,6 +201,21 @@ def _packed_kernel(name: str, call: PackedCall, has_dropout: bool) -> Kernel:
         return call(query.to(value.dtype), key.to(value.dtype), value, segments, attention.scaling, dropout)
 
     return kernel
+
+
+def _each_run(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, dropout: float) -> Tensor:
+    """torch's attention, run after run. Asks the device how long they are: for the CPU, where that costs nothing."""
+    asked, seen = segments.cu_seqlens_q.diff().tolist(), segments.cu_seqlens_k.diff().tolist()
+    attended = []
+    for run in zip(query.split(asked), key.split(seen), value.split(seen), strict=True):
+        q, k, v = (part.transpose(0, 1)[None] for part in run)
+        length, keys = q.shape[2], k.shape[2]
+        whole, grouped = length == keys, q.shape[1] != k.shape[1]
+        mask = None if whole else torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+        attended.append(
+            F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=whole, scale=scale, enable_gqa=grouped)
+        )
+    return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 def _varlen_call() -> PackedCall:

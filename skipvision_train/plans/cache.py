@@ -1,4 +1,5 @@
-"""KV caches that hold less than the sequence: positions were evicted after prefill, or dropped before a layer saw them.
+"""KV caches that grow in place, and that hold less than the sequence: positions were evicted after prefill, or dropped
+before a layer saw them.
 
 Skip-Vision (Eq. 7). The public code of the method keeps everything and re-slices at every step; here the cache shrinks
 once, and the memory is given back. A layer keeps reporting its *logical* length (prompt plus generated tokens), so
@@ -18,8 +19,62 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from skipvision_train.errors import PlanError
 from skipvision_train.plans.stages import pick, used_slots
 
+GROWTH = 32
+"""A cache layer that is full moves to memory for a multiple of so many positions."""
 
-class EvictedLayer(DynamicLayer):
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer that writes new positions behind the old ones: transformers' own copies itself at every step.
+
+    Filled for the first time it takes as much memory as it needs, later some more. ``keys`` and ``values`` are views of
+    that memory; a second layer made of the same views must not grow as well.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, G, T, D); returns all there are, (B, G, physical length, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = extended(self.keys, key_states), extended(self.values, value_states)
+        return self.keys, self.values
+
+
+def extended(held: Tensor, new: Tensor) -> Tensor:
+    """``held`` (B, G, n, D), or empty, with ``new`` (B, G, T, D) behind it: in the memory of ``held`` if it has room.
+
+    Where autograd looks on, which memory that changes would disturb, everything is copied.
+    """
+    if new.requires_grad or held.requires_grad or held.is_inference() != torch.is_inference_mode_enabled():
+        return torch.cat([held, new], dim=-2)
+    batch, heads, added, width = new.shape
+    length = held.shape[-2] if held.numel() else 0
+    room = held.stride(1) // width if held.numel() else 0
+    strides = (heads * room * width, room * width, width, 1)
+    whole = batch * heads * room * width * held.element_size()
+    fits = length + added <= room and held.stride() == strides and held.storage_offset() == 0
+    if not fits or held.untyped_storage().nbytes() != whole:
+        room = -(-(length + added) // GROWTH) * GROWTH if length else added
+        memory = new.new_empty(batch, heads, room, width)
+        if length:
+            memory[:, :, :length] = held
+        held = memory[:, :, :length]
+    result = held.as_strided((batch, heads, length + added, width), held.stride(), 0)
+    result[:, :, length:] = new
+    return result
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """An empty cache for a model of ``config``, as transformers' ``generate`` makes it but for its growth."""
+    cache = DynamicCache(config=config)
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:  # not those with a sliding window
+            layers[i] = GrowingLayer()
+    return cache
+
+
+class EvictedLayer(GrowingLayer):
     """A cache layer from which prompt positions were removed; it grows by the generated tokens.
 
     Attributes:
@@ -121,7 +176,7 @@ def check_evictable(cache: Any) -> None:
             f"{way_out}"
         )
     for i, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, EvictedLayer):
+        if type(layer) not in (DynamicLayer, GrowingLayer, EvictedLayer):
             raise PlanError(
                 f"KV cache: layer {i} is a {type(layer).__name__}, which cannot give up single tokens; {way_out}"
             )
@@ -229,6 +284,9 @@ def visible_slots(layer: EvictedLayer, attention_mask: Tensor | None, query_leng
 
 
 def bytes_held(cache: Any) -> int:
-    """Bytes of memory that the keys and values of a cache keep allocated; a view counts with all it is a view of."""
+    """Bytes of memory that the keys and values of a cache keep allocated.
+
+    Storage counts, not shape: a cut-out view of a full cache would save nothing.
+    """
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -25,6 +25,7 @@ from skipvision_train.plans.cache import (
     check_step_mask,
     evict,
     evicted_layers,
+    growing_cache,
     visible_slots,
 )
 from skipvision_train.plans.families import find_decoder
@@ -138,7 +139,7 @@ def _decoder_forward(
         call |= {"past_key_values": None, "use_cache": False}
     elif (plan.evict or plan.drops) and past_key_values is None:
         call |= {
-            "past_key_values": DynamicCache(config=decoder.config) if use_cache else None,
+            "past_key_values": growing_cache(decoder.config) if use_cache else None,
             "use_cache": use_cache is True,
         }
     layout = token_layout.to("cpu")
@@ -172,7 +173,9 @@ def _mask_for(decoder: Any, visible: Tensor, call: dict[str, Any]) -> Tensor:
 
 def _run(decoder: Any, layout: TokenLayout, call: dict[str, Any], visible: Tensor | None = None) -> PlanRun:
     inputs = _inputs(call)
-    backend = backend_for(decoder._skip_backend, decoder, inputs)
+    # Attention maps come from stock layers alone, which want a mask over packed documents.
+    name = "sdpa" if call.get("output_attentions") else decoder._skip_backend
+    backend = backend_for(name, decoder, inputs, layout.document_ids is not None)
     return PlanRun(decoder._skip_plan, layout, inputs.device, backend, decoder.rotary_emb, visible)
 
 

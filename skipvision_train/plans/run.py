@@ -83,7 +83,9 @@ class PlanRun:
             self._work(layer, first)
 
     def stock_mask_needed(self) -> bool:
-        """Whether some layer runs stock attention over the whole sequence."""
+        """Whether some layer runs stock attention over the whole sequence of packed documents."""
+        if self.backend.form == "segments":
+            return False
         first = self.stretches[0]
         return bool(self.plan.drops) or any(w is None or w.queries is None for w in first.work.values())
 

@@ -236,7 +236,7 @@ def select_queries(
         documents: how many live tokens the documents of all rows have; None: each row is one.
     """
     grid = None if live.is_full else live.place.flatten().to(device)
-    everybody = live.compact and counts == live.lengths
+    everybody = counts == live.lengths
     if everybody:
         width, flat, index = live.used.shape[1], live.packed, None
         places, used = torch.arange(width, device=live.columns.device).expand_as(live.columns), live.used
@@ -262,7 +262,7 @@ def select_queries(
             segments = sight.segments()
     if segments is not None:
         return Queries(index, slots, width, grid, segments=segments.to(device))
-    if everybody and live.documents is None:
+    if everybody and live.documents is None and visible is None:
         return Queries(index, slots, width, grid)
     mask = sight.mask()
     if is_full and width == 1 and mask.device.type == "cpu" and mask.all():
@@ -318,13 +318,15 @@ def layer_work(
             that are known on the CPU.
     """
     if read is not None:
-        return _last_work(live, rule, device, visible, form, live.real & read.gather(1, live.columns))
+        wanted = live.real & read.gather(1, live.columns)
+        return _last_work(live, rule, device, visible, form, wanted, census.live_documents())
     tokens = census.live()
     silent, idle = census.live(rule.no_attention), census.live(rule.no_ffn)
-    if not live.compact and not any(silent) and not any(idle):
+    in_runs = form == "segments" and live.documents is not None  # cheaper than stock attention with a (T, T) mask
+    if not live.compact and not in_runs and not any(silent) and not any(idle):
         return None
     queries = bypassed = ffn = None
-    if any(silent) or live.compact:
+    if any(silent) or live.compact or in_runs:
         asking = [total - off for total, off in zip(tokens, silent, strict=True)]
         asks = live.real & ~is_kind(live.kinds, rule.no_attention)
         queries = select_queries(live, asks, asking, device, visible, form, census.live_documents())
@@ -338,7 +340,13 @@ def layer_work(
 
 
 def _last_work(
-    live: LiveTokens, rule: LayerRule, device: torch.device, visible: Tensor | None, form: Form, read: Tensor
+    live: LiveTokens,
+    rule: LayerRule,
+    device: torch.device,
+    visible: Tensor | None,
+    form: Form,
+    read: Tensor,
+    documents: list[int],
 ) -> LayerWork:
     """The work of a layer of which only the slots ``read`` (B, W) bool on the CPU are read."""
 
@@ -347,7 +355,7 @@ def _last_work(
 
     silent = is_kind(live.kinds, rule.no_attention)
     asks = read & ~silent
-    queries = select_queries(live, asks, asks.sum(-1).tolist(), device, visible, form)
+    queries = select_queries(live, asks, asks.sum(-1).tolist(), device, visible, form, documents)
     bypassed = index(read & silent) if rule.bypass == "norm" and rule.no_attention else None
     ffn = index(read & ~is_kind(live.kinds, rule.no_ffn))
     return LayerWork(live.rows.to(device) if live.compact else None, queries, bypassed, ffn)

@@ -7,8 +7,7 @@ from transformers.cache_utils import DynamicCache
 from skipvision_train.analysis.flops import kv_cache_bytes
 from skipvision_train.evaluation.evaluate import file_images, prompt_batches
 from skipvision_train.evaluation.timing import measure_plans
-from skipvision_train.inference.decoding import cache_bytes
-from skipvision_train.plans import TokenKind, dense, skip_ffn, vskip
+from skipvision_train.plans import TokenKind, bytes_held, dense, skip_ffn, vskip
 
 
 @pytest.fixture
@@ -84,4 +83,4 @@ def test_a_view_of_a_large_cache_saves_nothing():
     cache.update(full[:, :, :10], full[:, :, 10:20], 0)
     cache.layers[0].keys = full[:, :, :10]
     cache.layers[0].values = full[:, :, 10:20]
-    assert cache_bytes(cache) == full.numel() * 4
+    assert bytes_held(cache) == full.numel() * 4

@@ -57,6 +57,11 @@ def test_auto(monkeypatch, device, dtype, head_dim, dropout, capability, missing
     assert backends.select_backend("auto", device, dtype, head_dim, dropout).name == expected
 
 
+@pytest.mark.parametrize(("device", "dtype", "expected"), [(CPU, torch.float32, "runs"), (CUDA, torch.float32, "sdpa")])
+def test_auto_for_packed_documents(device, dtype, expected):
+    assert backends.select_backend("auto", device, dtype, 128, 0.0, has_documents=True).name == expected
+
+
 def test_auto_imports_flash_attn_only_where_it_could_run(monkeypatch):
     monkeypatch.setattr(backends, "_load", mock.Mock(side_effect=AssertionError))
     assert backends.select_backend("auto", CPU, torch.bfloat16, 64, 0.0).name == "sdpa"

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from skipvision_train.plans import (
     TokenLayout,
     attach,
     backends,
+    dense,
     fastv,
     shortv,
     skip_ffn,
@@ -32,6 +34,7 @@ from skipvision_train.plans.stages import Census, LiveTokens, pick, select_queri
 CPU = torch.device("cpu")
 T, R, S, Y = TokenKind.TEXT, TokenKind.RETAINED, TokenKind.SKIPPED, TokenKind.SUMMARY
 IMAGES_IN_TEXT = ("ttrryssytttrrtt", "....ttsssttrryt")
+ANYWHERE = [(name, "varlen") for name in ("eager", "runs", "flex")]
 UNCOMPILED = "ignore:flex_attention called without torch.compile"  # on purpose: there is no compiler on a bare CPU
 
 
@@ -121,10 +124,11 @@ def check_equal(kit, model, layout, plan, backend, gradients=True):
             assert (a - b).abs().max() <= 5e-5 * largest, name
 
 
+@pytest.mark.parametrize("backend", ["eager", "runs"])
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts(), plan=plans())
-def test_eager_equals_sdpa(kit, wide, layout, plan):
-    check_equal(kit, wide, layout, plan, "eager")
+def test_equal_to_sdpa(kit, wide, backend, layout, plan):
+    check_equal(kit, wide, layout, plan, backend)
 
 
 @pytest.mark.parametrize("fake", FAKES)
@@ -146,7 +150,7 @@ def test_flex_equals_sdpa(kit, wide, layout, plan):
 
 
 @pytest.mark.filterwarnings(UNCOMPILED)
-@pytest.mark.parametrize(("backend", "function"), [*FAKES.values(), ("eager", "varlen"), ("flex", "varlen")])
+@pytest.mark.parametrize(("backend", "function"), [*FAKES.values(), *ANYWHERE])
 def test_the_attention_scale_is_the_layers_own(kit, backend, function):
     model = kit.make_model(head_dim=8)
     for layer in model.model.layers:
@@ -156,7 +160,7 @@ def test_the_attention_scale_is_the_layers_own(kit, backend, function):
 
 
 @pytest.mark.filterwarnings(UNCOMPILED)
-@pytest.mark.parametrize("backend", ["eager", "varlen", "flash_attention_2", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "varlen", "flash_attention_2", "runs", "flex"])
 def test_half_precision_under_autocast(kit, wide, backend):
     """The rotation turns queries and keys into fp32 there, values are bf16; the kernels get one type."""
     layout, fakes = kit.layout_of(*IMAGES_IN_TEXT), Fakes()
@@ -172,7 +176,7 @@ def test_half_precision_under_autocast(kit, wide, backend):
 
 
 @pytest.mark.filterwarnings(UNCOMPILED)
-@pytest.mark.parametrize("backend", ["eager", "varlen", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "varlen", "runs", "flex"])
 def test_an_image_onto_a_filled_cache(kit, wide, backend):
     """There are no runs there: packed backends take the mask."""
     layout, fakes = kit.layout_of("ttrrytssytt", "..ttrrtssyt"), Fakes()
@@ -190,6 +194,32 @@ def test_an_image_onto_a_filled_cache(kit, wide, backend):
                 results.append(wide(ids[:, 5:], token_layout=second, **more).logits)
                 assert len(fakes.calls) == calls
     torch.testing.assert_close(*results, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [dense(), skip_ffn(), fastv(1)], ids=lambda plan: plan.name)
+def test_packed_documents_never_meet_a_mask(kit, wide, plan, monkeypatch):
+    """Also in layers that a plan leaves alone: their attention runs in runs, and the T x T mask is never made."""
+    layout = kit.layout_of("ttrryssyttt", "ttssttyrryt", documents=[[0] * 7 + [1] * 4, [0] * 4 + [1] * 7])
+    want = logits_under(kit, wide, layout, plan, "sdpa")
+    masked = mock.Mock(side_effect=AssertionError)
+    monkeypatch.setattr(TokenLayout, "visible", masked)
+    monkeypatch.setattr(visibility.Sight, "mask", masked)
+    with attach(wide, plan, even_dense=True):
+        got = wide(kit.ids_for(layout), token_layout=layout, use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_attention_maps_of_packed_documents(kit):
+    model = kit.make_model()
+    model.set_attn_implementation("eager")
+    layout = kit.layout_of("ttrryssyttt", documents=[[0] * 7 + [1] * 4])
+    with torch.no_grad(), attach(model, skip_ffn()):
+        maps = model(kit.ids_for(layout), token_layout=layout, output_attentions=True, use_cache=False).attentions
+    assert len(maps) == 3
+    sees = layout.visible()
+    for found in maps:
+        torch.testing.assert_close(found.sum(-1), torch.ones(1, 4, 11))
+        assert not found[~sees[:, None].expand_as(found)].any()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -365,9 +365,9 @@ def test_prefill_errors(kit, model):
         packed = kit.layout_of("trst", documents=[[0, 0, 1, 1]])
         with pytest.raises(PlanError, match="packed documents cannot be decoded"):
             model(ids, token_layout=packed, past_key_values=DynamicCache())
-        model.config._attn_implementation = "flash_attention_2"
-        with pytest.raises(PlanError, match="'flash_attention_2' takes no mask"):
-            model(ids, token_layout=packed)
+    model.config._attn_implementation = "flash_attention_2"
+    with attach(model, AFTER, "sdpa"), pytest.raises(PlanError, match="'flash_attention_2' takes no mask"):
+        model(ids, token_layout=packed)
     layout = kit.layout_of("trst", "tst.")
     with attach(model, BEFORE), pytest.raises(PlanError, match="row 1 ends with padding"):
         model(kit.ids_for(layout), token_layout=layout, use_cache=True)
