@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -350,3 +352,23 @@ def test_steps_that_cannot_be_are_refused(scripts, capsys, options, complaint):
     with pytest.raises(SystemExit):
         scripts.train_step.parse(["--device", "cpu", *options])
     assert complaint in capsys.readouterr().err
+
+
+def test_the_gpu_script_names_commands_that_exist(pytestconfig, monkeypatch):
+    """It cannot run here: every file it names is there, and knows every option it is given."""
+    root, script = pytestconfig.rootpath, pytestconfig.rootpath / "benchmarks/gpu.sh"
+    shared = (root / "benchmarks/harness.py").read_text()
+    seen = []
+    for part in ("backends", "train", "prefill", "generate", "evidence"):
+        said = subprocess.run(
+            [script, part], env={**os.environ, "RUN": "echo"}, capture_output=True, text=True, check=True
+        )
+        for line in said.stdout.splitlines():
+            _, *words = line.split()
+            file = next(word for word in words if word.endswith(".py"))
+            text = (root / file).read_text() + shared
+            for option in (word for word in words if word.startswith("--")):
+                assert f'"{option}"' in text, (file, option)
+            seen.append(file)
+    assert len(seen) == 9
+    assert subprocess.run([script, "other"], capture_output=True, text=True, check=False).returncode == 2

@@ -1,5 +1,6 @@
 """Cache layers that grow in place, against transformers' own, which copy themselves at every step."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +8,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
 from skipvision_train.plans import bytes_held
-from skipvision_train.plans.cache import GrowingLayer, growing_cache
+from skipvision_train.plans.cache import GrowingLayer, extended, growing_cache
 
 
 def states(batch, length):
@@ -64,6 +65,24 @@ def test_memory_is_exact_at_first_and_grows_by_32():
         places.append(cache.layers[0].keys.data_ptr())
     assert sizes == [40] + [64] * 24 + [96] * 32 + [128] * 4
     assert len(set(places)) == 4
+
+
+VIEWS = {
+    "cut off in front": lambda memory: memory[:, :, 2:9],
+    "some rows": lambda memory: memory[:1, :, :9],
+    "some heads": lambda memory: memory[:, 1:, :9],
+    "heads behind positions": lambda memory: memory.view(2, 40, 2, 3).transpose(1, 2)[:, :, :9],
+    "numbers before positions": lambda memory: memory.view(2, 2, 3, 40).transpose(2, 3)[:, :, :9],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_memory_of_another_shape_is_left_alone(view):
+    memory = torch.randn(2, 2, 40, 3)
+    held, before = VIEWS[view](memory), memory.clone()
+    new = torch.randn(*held.shape[:2], 4, 3)
+    assert torch.equal(extended(held, new), torch.cat([held, new], dim=2))
+    assert torch.equal(memory, before)
 
 
 def test_what_was_seen_before_stays_as_it_was():
