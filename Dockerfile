@@ -21,7 +21,7 @@ ENV PATH=/home/trainer/skipvision_train/.venv/bin:$PATH
 COPY --chown=1001 pyproject.toml README.md LICENSE ./
 RUN mkdir skipvision_train conf data_recipes \
     && echo '__version__ = "0"' > skipvision_train/__init__.py \
-    && python3 -m venv .venv && pip install -e '.[liger,peft]'
+    && python3 -m venv .venv && pip install -e '.[liger,qlora]'
 
 COPY --chown=1001 skipvision_train ./skipvision_train
 COPY --chown=1001 conf ./conf

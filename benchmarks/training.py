@@ -16,31 +16,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-import yaml
 from harness import Sample, interleave, median
 from output import _commit, _cpu_name
-from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from train_models import experiment_config
+from training_data import SIZES, Sizes, write_workspace
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -56,85 +52,8 @@ from skipvision_train.training.trainer import StageParts, StageTrainer
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """``cpu``: seconds that the processor spent on this process, all its threads; for a machine that others use, too."""
 
-CONTROL = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|start_header_id|>")
-CONTROL += ("<|end_header_id|>", "<|eot_id|>")
-
-TEXT_ONLY = 40_688 / 665_298
-"""Records without an image in LLaVA's mix665k."""
-
 WITHOUT = ("packing", "logits at labels", "last layer where read")
 """The savings that are switched off in turn."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is trained on what.
-
-    Attributes:
-        text: fields of ``model.text``.
-        vision: fields of ``model.vision``.
-        median: of a record's text, in tokens (bytes).
-        batch: rows of a forward pass, each with one record.
-        packed: rows of a forward pass, packed.
-        row: tokens of a packed row.
-    """
-
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    median: int
-    batch: int
-    packed: int
-    row: int
-
-
-SIZES = {
-    "cpu": Sizes(
-        {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
-        | {"num_attention_heads": 4, "num_key_value_heads": 4},
-        {"image_size": 112, "width": 96, "layers": 3, "heads": 3, "depths": [2]},
-        median=60, batch=4, packed=1, row=640,
-    ),
-    "llava_1_5_7b": Sizes(
-        {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-        | {"num_attention_heads": 32, "num_key_value_heads": 32},
-        {},
-        median=150, batch=8, packed=2, row=4096,
-    ),
-    "tiny": Sizes(
-        {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        | {"num_attention_heads": 2, "num_key_value_heads": 2},
-        {"image_size": 28, "width": 32, "layers": 2, "heads": 2, "depths": [1]},
-        median=20, batch=2, packed=1, row=256,
-    ),
-}  # fmt: skip
-
-
-def write_workspace(folder: Path, sizes: Sizes, records: int) -> None:
-    """A byte tokenizer, and a recipe of one source."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
-    ).save_pretrained(folder / "tokenizer")
-    chance, found = random.Random(0), []
-    (folder / "images").mkdir()
-    for number in range(records):
-        length = max(8, round(sizes.median * chance.lognormvariate(0, 0.8)))
-        answer = max(4, length // 2)
-        turns = [{"from": "human", "value": "q" * (length - answer)}, {"from": "gpt", "value": "a" * answer}]
-        record: dict[str, Any] = {"id": number, "conversations": turns}
-        if chance.random() >= TEXT_ONLY:
-            size = sizes.vision.get("image_size", 336)
-            Image.effect_noise((size, size), 60).convert("RGB").save(folder / "images" / f"{number}.jpg")
-            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-            record["image"] = f"{number}.jpg"
-        found.append(record)
-    (folder / "data.json").write_text(json.dumps(found))
-    source = {"name": "ragged", "path": "data.json", "image_root": "images"}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"sources": [source]}))
 
 
 def configuration(args: argparse.Namespace, folder: Path, packed: bool) -> TrainConfig:
@@ -189,6 +108,7 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace, folder: Path, without: str | None) -> None:
         self.args, self.cfg = args, configuration(args, folder, packed=without != WITHOUT[0])
+        torch.manual_seed(0)  # the same weights for all
         self.parts: StageParts = assemble(self.cfg)
         self.parts.model.to(args.device)
         self.parts.model.train_with(self.cfg.trainer.loss, read_supervised=without != WITHOUT[2])
@@ -378,8 +298,8 @@ def compare_loops(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table and JSON."""
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=SIZES, default="cpu")
     parser.add_argument("--layers", type=int, help="another depth than the geometry's")
@@ -391,7 +311,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--loop", action="store_true", help="our loop against a bare one")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and JSON."""
+    args = options(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_workspace(folder, SIZES[args.geometry], args.records)

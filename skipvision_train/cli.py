@@ -227,6 +227,9 @@ def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[s
 
     Ours stand directly before the user's first override: Hydra's parser takes only one run of overrides.
     """
+    for text in _TEXTS.get(name, ()):
+        if (times := sum(argument.startswith(f"{text}=") for argument in arguments)) > 1:
+            fail(f"{text}: given {times} times; one run takes one, and input=FILE.jsonl asks many questions")
     arguments = [_quoted_text(name, argument) for argument in arguments]
     types = {field.name: field.type for field in dataclasses.fields(schema)}
     if types.get("plan") in ("PlanSpec", "PlanSpec | None"):
@@ -245,6 +248,9 @@ def _plan_file(argument: str) -> tuple[str, ...]:
     """``plan=some/file.json`` spelled out: the group's choice and its path. Everything else stays as it is."""
     key, _, value = argument.partition("=")
     if key != "plan" or not value.endswith(".json"):
+        if key == "plan" and "/" in value and os.path.isdir(value):
+            name = "plan.json" if os.path.isfile(os.path.join(value, "plan.json")) else "FILE.json"
+            fail(f"plan: {value} is a folder; name a plan file in it, plan={os.path.join(value, name)}")
         return (argument,)
     return "plan=file", f"plan.path='{value}'"
 
@@ -281,6 +287,7 @@ def _start_logging() -> None:
         format="%(asctime)s %(name)s: %(message)s" if first else "rank %(process)d %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that no command here needs
 
 
 def _take_local_rank(arguments: list[str]) -> list[str]:
@@ -328,7 +335,10 @@ def explain(error: BaseException) -> str:
         known_fields = _fields(detail)
         listed = f"; {key.rpartition('.')[0] or 'the configuration'} has {', '.join(known_fields)}"
         return f"{key}: no such field{suggestion(key.rpartition('.')[2], known_fields)}{listed if known_fields else ''}"
-    return f"{key}: {str(detail.msg or detail).splitlines()[0]}"
+    message = str(detail.msg or detail).splitlines()[0]
+    if message.endswith("is not a ListConfig, list or tuple."):
+        return f"{key}: {detail.value!r} is no list; write '{key}=[{detail.value}]'"
+    return f"{key}: {message}"
 
 
 def _fields(error: Any) -> list[str]:

@@ -23,6 +23,7 @@ from skipvision_train.files import write_json
 from skipvision_train.inference.loading import package_versions
 from skipvision_train.plans.families import find_decoder
 from skipvision_train.plans.plan import SkipPlan
+from skipvision_train.plans.rules import TokenKind
 
 log = logging.getLogger(__name__)
 
@@ -183,10 +184,13 @@ def report(session: Session, found: Found) -> str:
 
 
 def saving(session: Session, plan: SkipPlan) -> str:
-    """What the plan leaves of the decoder's prefill, against dense and against the base plan."""
+    """What the plan leaves of the decoder's prefill, against dense and against the base plan, and of which prompt."""
     config = find_decoder(session.model).config
     ratio = search.flops_ratio(config, session.kind_counts, plan)
     text = f"prefill of the decoder: {100 * ratio:.1f} % of the dense FLOPs"
     if not session.base.is_dense:
         text += f" ({100 * search.flops_ratio(config, session.kind_counts, session.base):.1f} % without it)"
-    return text
+    counts = session.kind_counts
+    words = counts.get(TokenKind.TEXT, 0.0)
+    visual = sum(number for kind, number in counts.items() if kind not in (TokenKind.TEXT, TokenKind.PAD))
+    return f"{text}, for {words:.0f} text and {visual:.0f} visual tokens, the samples' mean"

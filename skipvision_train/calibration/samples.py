@@ -115,7 +115,8 @@ def _shares(count: int, strata: int) -> list[int]:
 def _refuse_too_few(count: int, names: Sequence[str], sizes: Sequence[int]) -> None:
     held = ", ".join(f"{name or 'no task'} {size}" for name, size in zip(names[:LISTED], sizes, strict=False))
     if (total := sum(sizes)) < count:
-        raise ConfigError(f"samples: {count}, but only {total} can be drawn" + (f" ({held})" if total else ""))
+        parts = f" ({held})" if any(names) else ""
+        raise ConfigError(f"samples: {count}, but only {total} can be drawn{parts}; ask for fewer, or give more data")
 
     def short(wanted: int) -> list[int]:
         return [i for i, share in enumerate(_shares(wanted, len(sizes))) if share > sizes[i]]

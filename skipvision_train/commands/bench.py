@@ -229,7 +229,10 @@ def rows(cfg: Config, assistant: Assistant, records: Sequence[Record]) -> dict[s
                 pass
         except (ConfigError, PlanError) as error:
             raise ConfigError(f"plans: {name}: {error}") from error
-        found[name] = Wanted(plan, " + ".join(_described(spec) for spec in parts))
+        settings = (
+            each.name if spec.method == "file" else _described(spec) for spec, each in zip(parts, plans, strict=True)
+        )
+        found[name] = Wanted(plan, " + ".join(settings))
     plans = [row.plan for row in found.values()]
     equal = {name: row for name, row in equal_rows(cfg, assistant, records).items() if row.plan not in plans}
     if twice := sorted(set(found) & set(equal)):

@@ -147,10 +147,10 @@ def _of_checkpoint(cfg: Config, checkpoint: str) -> Measure:
     from skipvision_train.config.plans import build_plan
     from skipvision_train.data.check import Measure
     from skipvision_train.data.processor import SkipVisionProcessor
+    from skipvision_train.inference.loading import check_model_directory
     from skipvision_train.models.configuration import SkipVisionConfig
 
-    if not (Path(checkpoint) / "config.json").is_file():
-        raise CheckpointError(f"checkpoint: {checkpoint} is no model directory: it has no config.json")
+    check_model_directory(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     if not isinstance(config, SkipVisionConfig):
         raise CheckpointError(f"checkpoint: {checkpoint} holds a {config.model_type} model, not a Skip-Vision one")

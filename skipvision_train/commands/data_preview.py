@@ -120,9 +120,9 @@ def _processor(cfg: Config) -> SkipVisionProcessor:
 
 def _processor_of(checkpoint: str) -> SkipVisionProcessor:
     from skipvision_train.data.processor import SkipVisionProcessor
+    from skipvision_train.inference.loading import check_model_directory
 
-    if not (Path(checkpoint) / "processor_config.json").is_file():
-        raise CheckpointError(f"checkpoint: {checkpoint} is no model directory: it has no processor_config.json")
+    check_model_directory(checkpoint, "processor_config.json")
     try:
         return SkipVisionProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError, TypeError) as error:

@@ -73,8 +73,6 @@ class Config:
 def run(cfg: Config) -> None:
     """Load the model and answer on stdout, or in ``output``."""
     check(cfg)
-    from transformers.utils.logging import disable_progress_bar
-
     from skipvision_train.inference.assistant import Assistant
     from skipvision_train.inference.conversation import Conversation
     from skipvision_train.inference.decoding import Sampling
@@ -85,8 +83,6 @@ def run(cfg: Config) -> None:
     asked = Conversation.begin(cfg.system)
     if cfg.prompt is not None:
         asked = asked.ask(cfg.prompt, cfg.image)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, while it loads weights
     assistant = Assistant.open(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)
     streams = sys.stdout.isatty() if cfg.stream is None else cfg.stream
     screen = Screen(sys.stdout, sys.stderr, streams, keeps_partial=cfg.chat and sys.stdin.isatty())
@@ -187,7 +183,9 @@ def _answer_file(cfg: Config, assistant: Assistant, sampling: Sampling, prompts:
         cfg.checkpoint, source, sampling, cfg.system, plan=digest, tasks=sorted(plans), precision=cfg.precision
     )
     with files.AnswerFile(output, settings) as answers:
-        log.info("%s: %d prompts, %d lines are there; plan %s", source, prompts, answers.kept, universal.name)
+        log.info(
+            "%s: %d prompts; %s has %d lines already; plan %s", source, prompts, output, answers.kept, universal.name
+        )
         done = files.answer_file(
             assistant,
             files.read_questions(source, cfg.system),

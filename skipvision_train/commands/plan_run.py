@@ -62,14 +62,12 @@ def run(cfg: Config) -> None:
     check(cfg)
     from skipvision_train.config.resolve import load_tokenizer, model_config
     from skipvision_train.config.validate import validate
-    from skipvision_train.models.build import meta_model
     from skipvision_train.training.plan_schedule import PlanSchedule
-    from skipvision_train.training.scaling_plan import Parameters, plan_row
-    from skipvision_train.training.stages import apply_rates
+    from skipvision_train.training.scaling_plan import plan_row
 
     validate(cfg, 1)
     config = model_config(cfg, load_tokenizer(cfg))
-    parameters = Parameters.of(apply_rates(meta_model(config), cfg.stage.lr))
+    parameters = count_parameters(cfg, config)
     schedule = PlanSchedule.of(cfg, config.text_config.num_hidden_layers)
     sample = sample_facts(cfg, config, schedule)
     activations = row_activations(cfg, config, schedule.plans[0])
@@ -81,6 +79,22 @@ def run(cfg: Config) -> None:
         sys.stdout.write(json.dumps({"stage": facts, "rows": listed}) + "\n")
     else:
         sys.stdout.write(as_table(cfg, facts, rows) + "\n")
+
+
+def count_parameters(cfg: Config, config: SkipVisionConfig) -> Parameters:
+    """Of the stage's model, adapters and weights in 4 bits among them."""
+    from skipvision_train.models.build import meta_model
+    from skipvision_train.training.lora import add_adapters, held
+    from skipvision_train.training.scaling_plan import Parameters
+    from skipvision_train.training.stages import apply_rates
+
+    model = meta_model(config)
+    found = Parameters.of(apply_rates(model, cfg.stage.lr))
+    if cfg.stage.lora is None:
+        return found
+    add_adapters(model, cfg.stage.lora)
+    own = held(model, cfg.stage.lora)
+    return dataclasses.replace(found, total=own.parameters, trainable=own.trainable, packed=own.packed)
 
 
 def check(cfg: Config) -> None:
@@ -96,6 +110,8 @@ def check(cfg: Config) -> None:
     for engine in cfg.engines:
         if engine not in ENGINES:
             raise ConfigError(f"engines: {engine!r} is unknown; use some of {', '.join(ENGINES)}")
+    if "zero3" in cfg.engines and cfg.stage.lora is not None and cfg.stage.lora.quantize is not None:
+        raise ConfigError("engines: zero3 cannot shard weights of 4 bits (stage.lora.quantize); leave it out")
     for name in ("gpus", "engines"):
         if not getattr(cfg, name):
             raise ConfigError(f"{name}: [] leaves nothing to plan; give at least one")
@@ -161,7 +177,8 @@ def sample_facts(cfg: Config, config: SkipVisionConfig, schedule: PlanSchedule) 
     from skipvision_train.training.work import WorkCounter
 
     kinds, rates = sample_kinds(cfg, config), dataclasses.asdict(cfg.stage.lr)
-    counter = WorkCounter(config, [part for part, rate in rates.items() if rate is not None])
+    trains = [part for part, rate in rates.items() if rate is not None]
+    counter = WorkCounter(config, trains, cfg.stage.lora is not None)
     tiles = config.tiling_config.counts[-1]
     around = counter.around([tiles], cfg.supervised_tokens)
 
@@ -260,6 +277,7 @@ def stage_facts(cfg: Config, config: SkipVisionConfig, parameters: Parameters, s
         "stage": cfg.stage.name,
         "parameters": parameters.total,
         "trainable": parameters.trainable,
+        "packed_bytes": parameters.packed,
         "precision": cfg.trainer.precision,
         "plan": config.plan_or_dense().name,
         "gradient_checkpointing": cfg.trainer.gradient_checkpointing,
@@ -276,9 +294,10 @@ def stage_facts(cfg: Config, config: SkipVisionConfig, parameters: Parameters, s
 def as_table(cfg: Config, facts: Mapping[str, Any], rows: list[PlanRow]) -> str:
     """The result for people: what holds for all rows, then one line per engine and number of GPUs."""
     kept = "with" if facts["gradient_checkpointing"] else "without"
+    packed = f", {facts['packed_bytes'] / 1e9:.2f} GB of weights in 4 bits" if facts["packed_bytes"] else ""
     lines = [
-        f"{facts['stage']}: {facts['parameters'] / 1e9:.3f} billion parameters, {facts['trainable'] / 1e9:.3f} train, "
-        f"{facts['precision']}, plan {facts['plan']}",
+        f"{facts['stage']}: {facts['parameters'] / 1e9:.3f} billion parameters{packed}, "
+        f"{facts['trainable'] / 1e9:.3f} train, {facts['precision']}, plan {facts['plan']}",
         f"a sample: {facts['sample_tokens']} tokens, {facts['sample_flops'] / 1e12:.1f} TFLOPs in training and "
         f"{facts['recomputed_flops'] / 1e12:.1f} recomputed; by skipping the decoder takes "
         f"{100 * facts['decoder_share']:.1f} % of its FLOPs, "

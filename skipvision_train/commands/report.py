@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipvision_train.errors import ConfigError
+from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.files import write_text
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from skipvision_train.evaluation.results import EvaluationResult
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,16 @@ def run(cfg: Config) -> None:
         examples=cfg.examples,
     )
     root = Path(cfg.data_root or ".")
-    html = render_report(inputs, lambda path: load_image(root / path, "of the report"))
+
+    def image(path: str) -> Image.Image:
+        try:
+            return load_image(root / path, "of the report")
+        except DataError as error:
+            if cfg.data_root is None:
+                raise DataError(f"{error}; data_root=... says in which folder the evaluation's images lie") from error
+            raise
+
+    html = render_report(inputs, image)
     output = Path(cfg.output)
     write_text(output, html)
     log.info("wrote %s (%.1f MB)", output, output.stat().st_size / 1e6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import socket
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,8 +57,6 @@ class Config:
 def run(cfg: Config) -> None:
     """Load the model and serve until interrupted."""
     check(cfg)
-    from transformers.utils.logging import disable_progress_bar
-
     from skipvision_train.inference.assistant import Assistant
     from skipvision_train.inference.decoding import Sampling
     from skipvision_train.serve.answering import Answering, choices
@@ -67,8 +64,6 @@ def run(cfg: Config) -> None:
 
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     with _listening(cfg.host, cfg.port) as listener:
-        if not sys.stderr.isatty():
-            disable_progress_bar()  # transformers' own, while it loads weights
         assistant = Assistant.open(cfg.checkpoint, None, cfg.device, cfg.precision)
         answering = Answering(assistant, choices(assistant, cfg.plans), sampling, cfg.limits, cfg.system)
         path = Path(cfg.checkpoint).resolve()

@@ -187,6 +187,11 @@ class LoraSpec:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Linear maps of the decoder's layers that get one."""
+    quantize: str | None = None
+    """QLoRA: all linear maps of the decoder's layers, which are frozen, are held in 4 bits, nf4 or fp4 (bitsandbytes);
+    null holds them as they are. Not with ZeRO-3."""
+    double_quantize: bool = True
+    """With ``quantize``: the scales of blocks of 64 weights are held in 8 bits, not in fp32."""
 
 
 @dataclass

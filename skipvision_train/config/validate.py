@@ -28,6 +28,7 @@ GROUPS = ("none", "length", "modality")
 PACK_BY = ("measured", "estimated")
 LOSSES = ("chunked", "plain", "liger")
 RESIZERS = ("auto", "torch", "pillow")
+FOUR_BITS = ("nf4", "fp4")
 OWNED_BY_THE_RUN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -67,6 +68,11 @@ def validate(cfg: TrainConfig, world_size: int) -> None:
             raise ConfigError(
                 f"stage.ema_decay: {cfg.stage.ema_decay} with deepspeed.stage 3, where no process holds the weights; "
                 "use deepspeed.stage 2, or null"
+            )
+        if cfg.deepspeed.stage == 3 and cfg.stage.lora is not None and cfg.stage.lora.quantize is not None:
+            raise ConfigError(
+                f"stage.lora.quantize: {cfg.stage.lora.quantize} with deepspeed.stage 3, which cannot shard weights of "
+                "4 bits; use deepspeed.stage 1 or 2, or null"
             )
 
 
@@ -216,6 +222,12 @@ def _check_options(stage: StageSpec) -> None:
         raise ConfigError(f"stage.lora.alpha: {lora.alpha} is out of range; use a number above 0")
     if not 0 <= lora.dropout < 1:
         raise ConfigError(f"stage.lora.dropout: {lora.dropout} is out of range; use 0 to less than 1")
+    if lora.quantize is not None:
+        _one_of("stage.lora.quantize", lora.quantize, FOUR_BITS)
+    elif not lora.double_quantize:
+        raise ConfigError(
+            "stage.lora.double_quantize: false without stage.lora.quantize; set that to nf4 or fp4, or leave this out"
+        )
     if ema is not None:
         raise ConfigError(f"stage.ema_decay: {ema} with stage.lora; an average of factors is none of weights, use null")
 

@@ -320,22 +320,24 @@ def check_records(check: RecordCheck, workers: int, each: Callable[[Tally], None
         DataError: a worker process was lost; the message names its record.
     """
     watched = WatchedDataset(check, check.name, workers)
-    # A generator of its own: a loader draws a seed, which is nobody's business here.
-    loader = DataLoader(
-        watched,
-        batch_sampler=check.batches(workers),
-        num_workers=workers,
-        collate_fn=_together,
-        generator=torch.Generator(),
-    )
 
     def read() -> None:
+        # A generator of its own: a loader draws a seed, which is nobody's business here.
+        loader = DataLoader(
+            watched,
+            batch_sampler=check.batches(workers),
+            num_workers=workers,
+            collate_fn=_together,
+            generator=torch.Generator(),
+        )
         for tally in loader:
             each(tally)
 
     with warnings.catch_warnings():
         # Pillow warns of odd metadata in files that it reads all the same; there is a line per file, for every worker.
         warnings.filterwarnings("ignore", module="PIL")
+        # torch counts processor cores; here workers also wait for disks.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         try:
             watched.guard(read)
         except DataError as error:

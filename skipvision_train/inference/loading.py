@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from skipvision_train.config.plans import PlanSpec, build_plan, load_bank
 from skipvision_train.data.processor import SkipVisionProcessor
@@ -39,11 +47,11 @@ def load_for_inference(
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
-    if not (Path(checkpoint) / "config.json").is_file():
-        raise CheckpointError(f"checkpoint: {checkpoint} is no model directory: it has no config.json")
+    check_model_directory(checkpoint)
     dtype = "auto" if precision is None else PRECISIONS[precision]
     try:
-        model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+        with _bars_on_terminals():
+            model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint: {checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
     if plan is not None and plan.method == "bank":
@@ -51,6 +59,32 @@ def load_for_inference(
     own = model.config.plan_or_dense()
     model.set_plan(build_plan(plan or PlanSpec("own"), own.num_layers, own=own))
     return model.to(choose_device(device)).eval(), SkipVisionProcessor.from_pretrained(checkpoint)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """transformers' bar of the weights that it has loaded is nothing for log files."""
+    hides = not sys.stderr.isatty() and is_progress_bar_enabled()
+    if hides:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            enable_progress_bar()
+
+
+def check_model_directory(path: str, file: str = "config.json") -> None:
+    """A run's folder is given more often than the ``model`` in it.
+
+    Raises:
+        CheckpointError: ``file`` is not in the folder ``path``; names ``path``/model if it is there.
+    """
+    folder = Path(path)
+    if (folder / file).is_file():
+        return
+    hint = f"; {folder / 'model'} has one" if (folder / "model" / file).is_file() else ""
+    raise CheckpointError(f"checkpoint: {path} is no model directory: it has no {file}{hint}")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -91,11 +125,18 @@ def load_model(
         CheckpointError: no model directory, incomplete, or no model of images and text.
         ConfigError: an unknown precision, or a device that this machine does not have.
     """
-    is_ours = _model_type(path) == SkipVisionConfig.model_type
+    kind = _model_type(path)
+    is_ours = kind == SkipVisionConfig.model_type
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise CheckpointError(
+            f"checkpoint: {path} holds a model of text ({kind}), which sees no images; give one of ours, or a "
+            "vision-language model of transformers"
+        )
     try:
         if is_ours:
             return *load_for_inference(path, None, device, precision), True
-        return *_load_other(path, device, precision), False
+        with _bars_on_terminals():
+            return *_load_other(path, device, precision), False
     except SkipVisionError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -106,9 +147,8 @@ def load_model(
 
 
 def _model_type(path: str) -> str:
+    check_model_directory(path)
     file = Path(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint: {path} is no model directory: it has no config.json")
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
     except (ValueError, KeyError, TypeError) as error:

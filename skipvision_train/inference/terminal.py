@@ -221,8 +221,9 @@ class Chat:
 
     def _command(self, name: str, value: str = "") -> None:
         if name == "/image" and value:
-            self.images = [*self.images, load_image(_path(value), "/image")]
-            self.screen.note(f"{len(self.images)} with the next question")
+            self.images = [*self.images, load_image(_path(value), "of the chat")]
+            count = len(self.images)
+            self.screen.note(f"{count} image{'s' if count > 1 else ''} with the next question")
         elif name == "/plan":
             if value:
                 self._use(value)

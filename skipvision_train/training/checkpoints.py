@@ -223,7 +223,7 @@ def remove_old(run: Path, keep: int, current: int) -> None:
             complete.append(path)
         else:
             shutil.rmtree(path, ignore_errors=True)
-    for path in complete[:-keep] if keep else []:
+    for path in complete[:-keep]:  # of 0: none
         # The marker goes first: what is left of an interrupted removal is not complete.
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -16,11 +16,13 @@ from skipvision_train.config.resolve import skipped_layers
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.errors import PlanError
 from skipvision_train.models.configuration import SkipVisionConfig
+from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import BatchArithmetic
 from skipvision_train.training.checkpoints import flatten
+from skipvision_train.training.lora import Held, held
 from skipvision_train.training.memory import estimate_memory
 from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.stages import PartReport, parameter_groups
@@ -159,10 +161,11 @@ def group_lines(cfg: TrainConfig, model: nn.Module) -> list[str]:
     ]
 
 
-def memory_lines(cfg: TrainConfig, parts: Sequence[PartReport], processes: int) -> list[str]:
+def memory_lines(cfg: TrainConfig, counted: Held, processes: int) -> list[str]:
     """Model state per process."""
-    total, trainable = sum(p.parameters for p in parts), sum(p.trainable for p in parts)
-    estimate = estimate_memory(total, trainable, cfg.trainer.precision, cfg.deepspeed, processes)
+    estimate = estimate_memory(
+        counted.parameters, counted.trainable, cfg.trainer.precision, cfg.deepspeed, processes, counted.packed
+    )
     engine = "without DeepSpeed" if cfg.deepspeed is None else f"ZeRO-{cfg.deepspeed.stage}"
     return [
         f"{engine}, {cfg.trainer.precision}, {processes} process(es); activations come on top",
@@ -171,17 +174,21 @@ def memory_lines(cfg: TrainConfig, parts: Sequence[PartReport], processes: int) 
     ]
 
 
-def part_lines(parts: Sequence[PartReport]) -> list[str]:
-    """Counts per part, and in all."""
-    total, trainable = sum(p.parameters for p in parts), sum(p.trainable for p in parts)
-    return [*(part.line() for part in parts), f"{'all':<10} {total:>14,} parameters, {trainable:,} of them train"]
+def part_lines(cfg: TrainConfig, parts: Sequence[PartReport], trainable: int) -> list[str]:
+    """Counts per part, and in all; with ``stage.lora`` what is trained in the place of the language model."""
+    total, lora = sum(p.parameters for p in parts), cfg.stage.lora
+    lines = [part.line() for part in parts]
+    if lora is not None:
+        kept = "as they are" if lora.quantize is None else f"in 4 bits ({lora.quantize})"
+        lines.append(f"stage.lora: adapters of rank {lora.rank} train, the weights of llm are frozen; its maps {kept}")
+    return [*lines, f"{'all':<10} {total:>14,} parameters, {trainable:,} {'of them ' * (lora is None)}train"]
 
 
 def report(
     cfg: TrainConfig,
     config: SkipVisionConfig,
     schedule: PlanSchedule,
-    model: nn.Module,
+    model: SkipVisionForConditionalGeneration,
     parts: Sequence[PartReport],
     arithmetic: BatchArithmetic,
     sample: Sequence[str],
@@ -198,16 +205,16 @@ def report(
         sample: lines about one sample, or why there is none.
     """
     counts = Counter(config.image_token_kinds()) + Counter({TokenKind.TEXT: ASSUMED_TEXT_TOKENS})
-    plan = config.plan_or_dense().table().splitlines()
+    plan, counted = config.plan_or_dense().table().splitlines(), held(model, cfg.stage.lora)
     sections = [
         section("configuration", configuration_lines(cfg)),
         section("batches", [arithmetic.line(), "processes come from WORLD_SIZE, which launchers set"]),
-        section("parameters", part_lines(parts)),
+        section("parameters", part_lines(cfg, parts, counted.trainable)),
         section("optimizer groups", group_lines(cfg, model)),
         section("tokens per image", token_lines(config)),
         section("plan", [*plan, *schedule_lines(cfg, schedule, arithmetic.steps)]),
         section("forward pass of one sample", flops_lines(config, counts, 1, schedule, arithmetic.steps)),
-        section("memory", memory_lines(cfg, parts, arithmetic.processes)),
+        section("memory", memory_lines(cfg, counted, arithmetic.processes)),
         section("first sample", sample),
     ]
     return "\n\n".join(sections) + "\n"

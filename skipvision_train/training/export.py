@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from skipvision_train.config.specs import LoraSpec
 from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.files import write_json
 from skipvision_train.models.build import meta_model
@@ -30,12 +31,13 @@ from skipvision_train.training.checkpoints import (
     writing,
     written_files,
 )
+from skipvision_train.training.lora import ADAPTERS, DOWN, SETTINGS, merged
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATE = re.compile(
-    r"global_step|latest|universal|rng_state|scheduler\.pt|optimizer|trainer_state|training_args|zero_to_|DAMAGED"
+    r"global_step|latest|universal|rng_state|scheduler\.pt|optimizer|trainer_state|training_args|zero_to_|DAMAGED|lora\.json"
     r"|model.*\.safetensors"
 )
 """Beginnings of names that are training state, or weights, which are written anew."""
@@ -57,7 +59,7 @@ def export(checkpoint: Path, output: Path, dtype: str | None = None) -> None:
     """
     check(checkpoint, output)
     expected = {name: tuple(p.shape) for name, p in meta_model(read_config(checkpoint)).named_parameters()}
-    state = read_state(checkpoint, dtype)
+    state, adapters = read_state(checkpoint, dtype)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with writing(partial):
@@ -66,6 +68,8 @@ def export(checkpoint: Path, output: Path, dtype: str | None = None) -> None:
             if file.is_file() and file.name != MARKER and not STATE.match(file.name):
                 shutil.copy(file, partial)
         write_weights(state, partial)
+        if adapters:
+            save_file(adapters, partial / ADAPTERS)
         for name in written_files(partial):
             sync(partial / name)
         sync(partial)
@@ -105,11 +109,12 @@ def read_config(checkpoint: Path) -> SkipVisionConfig:
         raise CheckpointError(f"{checkpoint}/config.json: {error}") from error
 
 
-def read_state(checkpoint: Path, dtype: str | None) -> dict[str, Tensor]:
-    """All tensors, in ``dtype`` where they are floating point.
+def read_state(checkpoint: Path, dtype: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors, in ``dtype`` where they are floating point, with adapters merged; and the adapters by themselves.
 
     Raises:
-        CheckpointError: there are no weights, or fp32 is asked for and only less is there.
+        CheckpointError: there are no weights, fp32 is asked for and only less is there, or adapters of an earlier
+            version, which does not say how they are merged.
     """
     files = sorted(checkpoint.glob("*.safetensors"))
     try:
@@ -124,14 +129,22 @@ def read_state(checkpoint: Path, dtype: str | None) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{checkpoint}: dtype fp32, but it holds {kinds} and no fp32 masters; use bf16 or null"
             )
-        state = masters(checkpoint)
+        state |= masters(checkpoint)  # scales of weights in 4 bits are no parameters: they are in the files alone
     elif not state:
         if not sharded:
             raise CheckpointError(f"{checkpoint}: holds no *.safetensors and no shards of DeepSpeed")
         state = masters(checkpoint)
+    adapters: dict[str, Tensor] = {}
+    if (checkpoint / SETTINGS).is_file():
+        state, adapters = merged(state, LoraSpec(**json.loads((checkpoint / SETTINGS).read_text())))
+    elif adapter := next((name for name in state if DOWN in name), None):
+        raise CheckpointError(
+            f"{checkpoint}: holds adapters, first {adapter}, but no {SETTINGS} that says how to merge them; finish the "
+            "run, its model has them merged"
+        )
     if dtype is None:
-        return state
-    return {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state.items()}
+        return state, adapters
+    return {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state.items()}, adapters
 
 
 def masters(checkpoint: Path) -> dict[str, Tensor]:

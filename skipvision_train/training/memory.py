@@ -33,7 +33,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    parameters: int, trainable: int, precision: str, deepspeed: DeepSpeedSpec | None, processes: int
+    parameters: int,
+    trainable: int,
+    precision: str,
+    deepspeed: DeepSpeedSpec | None,
+    processes: int,
+    packed: float = 0.0,
 ) -> MemoryEstimate:
     """Model state per process (Rajbhandari et al. 2020, "ZeRO", Sec. 3: 2 + 2 + 12 bytes per parameter under bf16).
 
@@ -46,12 +51,13 @@ def estimate_memory(
         precision: fp32 or bf16.
         deepspeed: None without DeepSpeed.
         processes: number of training processes.
+        packed: bytes of weights in 4 bits, which ``parameters`` leave out; every process holds them all.
     """
     half = precision == "bf16" and deepspeed is not None
     stage = 0 if deepspeed is None else deepspeed.stage
     value = 2 if half else 4
     return MemoryEstimate(
-        weights=parameters * value / (processes if stage >= 3 else 1),
+        weights=packed + parameters * value / (processes if stage >= 3 else 1),
         gradients=trainable * value / (processes if stage >= 2 else 1),
         optimizer=trainable * (12 if half else 8) / (processes if stage >= 1 else 1),
     )
@@ -120,7 +126,8 @@ def estimate_activations(
 
 def remedies(cfg: TrainConfig, processes: int) -> str:
     """Settings that would take less memory and are not in use yet."""
-    trainer, engine = cfg.trainer, cfg.deepspeed
+    trainer, engine, lora = cfg.trainer, cfg.deepspeed, cfg.stage.lora
+    packed = lora is not None and lora.quantize is not None
     ways = []
     if not trainer.gradient_checkpointing:
         ways.append("trainer.gradient_checkpointing=true")
@@ -128,7 +135,11 @@ def remedies(cfg: TrainConfig, processes: int) -> str:
         ways.append(f"trainer.per_device_batch={trainer.per_device_batch // 2} (the global batch stays)")
     if trainer.precision != "bf16":
         ways.append("trainer.precision=bf16")
-    if processes > 1 and (engine is None or engine.stage < 3):
+    if lora is not None and not packed and (engine is None or engine.stage < 3):
+        ways.append("stage.lora.quantize=nf4")
+    if processes > 1 and packed and (engine is None or engine.stage < 2):
+        ways.append("deepspeed=zero2")
+    elif processes > 1 and not packed and (engine is None or engine.stage < 3):
         ways.append("deepspeed=zero3" if engine is not None and engine.stage == 2 else "deepspeed=zero2 or zero3")
     if engine is not None and not engine.offload_optimizer:
         ways.append("deepspeed.offload_optimizer=true")
@@ -144,7 +155,13 @@ def row_length(cfg: TrainConfig) -> int:
 
 
 def check_memory(
-    cfg: TrainConfig, config: SkipVisionConfig, parameters: int, trainable: int, processes: int, device: float
+    cfg: TrainConfig,
+    config: SkipVisionConfig,
+    parameters: int,
+    trainable: int,
+    processes: int,
+    device: float,
+    packed: float = 0.0,
 ) -> None:
     """Compare what a step needs with the memory of a device, and say by how much it is too small.
 
@@ -157,12 +174,13 @@ def check_memory(
         trainable: those that train.
         processes: training processes.
         device: bytes of one device.
+        packed: bytes of weights in 4 bits, which ``parameters`` leave out.
 
     Raises:
         TrainingError: the model state does not fit, with ``trainer.guards.memory=error``.
     """
     engine, trainer = cfg.deepspeed, cfg.trainer
-    state = estimate_memory(parameters, trainable, trainer.precision, engine, processes)
+    state = estimate_memory(parameters, trainable, trainer.precision, engine, processes, packed)
     held = state.gradients
     held += 0.0 if engine is not None and engine.offload_param else state.weights
     held += 0.0 if engine is not None and engine.offload_optimizer else state.optimizer

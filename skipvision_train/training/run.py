@@ -21,7 +21,7 @@ from skipvision_train.config.resolve import (
     model_config,
     source_path,
 )
-from skipvision_train.config.specs import TrainConfig
+from skipvision_train.config.specs import LoraSpec, TrainConfig
 from skipvision_train.config.validate import check_sources, validate
 from skipvision_train.data.dataset import RecordDataset
 from skipvision_train.data.mixture import Mixture
@@ -142,6 +142,8 @@ def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
         # A field that did not exist when the run began did what its default does.
         before = flatten(yaml.safe_load(recorded.read_text()))
         defaults = flatten(dataclasses.asdict(TrainConfig()))
+        if any(key.startswith("stage.lora.") for key in before):
+            defaults |= flatten(dataclasses.asdict(LoraSpec()), "stage.lora.")
         missing = {
             key: value for key, value in defaults.items() if not any(f"{n}.".startswith(f"{key}.") for n in before)
         }
@@ -249,6 +251,8 @@ def describe_stage(cfg: TrainConfig) -> str:
     config = model_config(cfg, tokenizer)
     model = meta_model(config)
     parts = apply_rates(model, cfg.stage.lr)
+    if cfg.stage.lora is not None:
+        add_adapters(model, cfg.stage.lora)
     samples, sample = first_sample(cfg, config, tokenizer)
     # How many rows packing makes is known when the lengths are.
     rows, unit = (None, "rows") if cfg.data.pack else (samples, "samples")

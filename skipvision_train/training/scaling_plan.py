@@ -66,11 +66,13 @@ class Parameters:
         total: all.
         trainable: those that train.
         reached: those that the backward pass goes through: of parts that train and of parts behind one that trains.
+        packed: bytes of weights in 4 bits, which the others leave out.
     """
 
     total: int
     trainable: int
     reached: int
+    packed: float = 0.0
 
     @classmethod
     def of(cls, parts: Sequence[PartReport]) -> Parameters:
@@ -137,7 +139,7 @@ def model_state(
 ) -> MemoryEstimate:
     """Weights, gradients and optimizer states of one process, without what ``settings`` keep in the CPU's memory."""
     spec = None if engine == "ddp" else replace(settings, stage=int(engine[-1]))
-    state = estimate_memory(parameters.total, parameters.trainable, precision, spec, gpus)
+    state = estimate_memory(parameters.total, parameters.trainable, precision, spec, gpus, parameters.packed)
     if spec is None:
         return state
     return replace(
@@ -168,10 +170,10 @@ def checkpoint_bytes(parameters: Parameters, engine: str, precision: str) -> flo
     model directory and the two moments.
     """
     if engine == "ddp":
-        return 4.0 * parameters.total + 8.0 * parameters.trainable
+        return parameters.packed + 4.0 * parameters.total + 8.0 * parameters.trainable
     value = 2 if precision == "bf16" else 4
     copies = 1 if engine == "zero3" else 2
-    return float(copies * value * parameters.total + 12 * parameters.trainable)
+    return copies * (parameters.packed + value * parameters.total) + 12 * parameters.trainable
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from skipvision_train.config.specs import StageSpec, TrainConfig
 from skipvision_train.data.mixture import Mixture
 from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.streams import Streams
+from skipvision_train.files import write_json
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.arguments import engine_name, training_arguments
 from skipvision_train.training.batching import BatchArithmetic, EpochStart, StreamStart, TrainCollator
@@ -46,7 +47,7 @@ from skipvision_train.training.ema import WeightAverage
 from skipvision_train.training.facts import FactsCollator
 from skipvision_train.training.feed import Feed
 from skipvision_train.training.guards import explained_memory, poison
-from skipvision_train.training.lora import ADAPTERS, merged, plain_names
+from skipvision_train.training.lora import ADAPTERS, SETTINGS, merged, plain_shapes
 from skipvision_train.training.memory import remedies
 from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.signals import ShieldedWorker, StopOnSignal, Stopped, StopRequest
@@ -325,6 +326,8 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             if adapters:
                 save_file(adapters, directory / ADAPTERS)
+            elif self.stage.lora is not None:
+                write_json(directory / SETTINGS, asdict(self.stage.lora))
             if self.average is not None and not self._finishing:
                 self.average.save(directory)
             self.parts.processor.save_pretrained(directory)
@@ -352,9 +355,5 @@ class StageTrainer(Trainer):
         return final
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        """Full shapes of all parameters; under ZeRO-3 the local shard's shape says nothing."""
-        shapes = {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self.parts.model.named_parameters()
-        }
-        return plain_names(shapes) if self.stage.lora is not None else shapes
+        """Full shapes of all parameters of the finished model."""
+        return plain_shapes(self.parts.model)

@@ -26,6 +26,7 @@ from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.clock import StepClock
 from skipvision_train.training.facts import FACTS, BatchFacts
 from skipvision_train.training.guards import BatchLoss, LossSpikes, NonfiniteGuard
+from skipvision_train.training.lora import held
 from skipvision_train.training.memory import check_memory
 from skipvision_train.training.metrics import Gather, Meter, time_logs
 from skipvision_train.training.reporting import TENSORBOARD, Progress, TensorBoardCurves, WandbCurves, plain
@@ -63,7 +64,7 @@ class Watch(TrainerCallback):
         parts = [part for part, rate in rates.items() if rate is not None]
         self.cfg, self.model, self.watchdog, self.device, self.processes = cfg, model, watchdog, device, processes
         self.clock = StepClock(device.type == "cuda")
-        self.meter = Meter(WorkCounter(model.config, parts), sources, parts, device)
+        self.meter = Meter(WorkCounter(model.config, parts, cfg.stage.lora is not None), sources, parts, device)
         self.guard = NonfiniteGuard(guards.nonfinite_budget, run / NONFINITE, writes=watchdog.rank == 0)
         self.spikes = LossSpikes()
         self.metrics = run / "metrics.jsonl"
@@ -206,15 +207,15 @@ def check_device_memory(cfg: TrainConfig, model: SkipVisionForConditionalGenerat
         return
     device = int(os.environ.get("LOCAL_RANK", "0"))
     total = torch.cuda.get_device_properties(device).total_memory
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    parameters, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    counted = held(model, cfg.stage.lora)
     check_memory(
         cfg,
         cast(SkipVisionConfig, model.config),
-        parameters,
-        trainable,
+        counted.parameters,
+        counted.trainable,
         int(os.environ.get("WORLD_SIZE", "1")),
         float(total),
+        counted.packed,
     )
 
 

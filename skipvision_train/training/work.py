@@ -74,20 +74,23 @@ class WorkCounter:
 
     A part that trains costs three times its forward pass (Kaplan et al. 2020, Sec. 2.1); a frozen one behind a part
     that trains costs two, because the gradient passes through it, and three for the products of its attention, which
-    have no weights; a frozen one before all of them costs one.
+    have no weights; a frozen one before all of them costs one. A language model with adapters is frozen; what the
+    adapters themselves cost is left out.
 
     Args:
         config: a :class:`SkipVisionConfig`.
         trains: the parts that train.
+        has_adapters: the language model trains by adapters (LoRA).
     """
 
-    def __init__(self, config: PreTrainedConfig, trains: Sequence[str]) -> None:
+    def __init__(self, config: PreTrainedConfig, trains: Sequence[str], has_adapters: bool = False) -> None:
         self.config = cast(SkipVisionConfig, config)
         self._factor: dict[str, int] = {}
         reached = False
         for part in ("vision", "connector", "reducer", "llm"):
             reached = reached or part in trains
-            self._factor[part] = 1 + (part in trains) + reached
+            has_weights_to_train = part in trains and not (part == "llm" and has_adapters)
+            self._factor[part] = 1 + has_weights_to_train + reached
         self._sample = lru_cache(16384)(self._count)
 
     def sample(self, kinds: tuple[int, ...], plan: SkipPlan) -> Work:

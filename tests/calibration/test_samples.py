@@ -83,7 +83,7 @@ def test_without_strata_a_task_counts_by_its_size():
     ("count", "task", "stratified", "message"),
     [
         (0, None, True, "samples: 0; at least 1"),
-        (11, None, False, r"samples: 11, but only 10 can be drawn \(no task 10\)"),
+        (11, None, False, r"samples: 11, but only 10 can be drawn; ask for fewer, or give more data"),
         (11, None, True, r"samples: 11, but only 10 can be drawn \(a 7, b 3\)"),
         (5, "b", True, r"samples: 5, but only 3 can be drawn \(b 3\)"),
         (8, None, True, r"8 over 2 tasks means 4 of 'b', which has 3 \(a 7, b 3\); ask for 7 at most"),

@@ -183,4 +183,4 @@ def test_records_without_images_and_models_without_eyes(command, others, tmp_pat
     (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
     status, _, error = command("checkpoint=llm", f"prompts={others / 'prompts.jsonl'}", "samples=1")
     assert status == 1
-    assert error.startswith("error: checkpoint: llm cannot be loaded")
+    assert error.startswith("error: checkpoint: llm holds a model of text (llama), which sees no images")

@@ -61,6 +61,7 @@ def test_table_json_and_pictures(command, folder, model):
     names = [row.name for row in result.rows]
     assert names == ["dense", *own, "plan.json", "early", "vskip count=1 + skip_kv", "ffn_skip", "vtw"]
     assert result.rows[names.index("plan.json")].plan.layers_without_attention() == (0, 2)
+    assert result.rows[names.index("plan.json")].setting == "vskip"
     both = result.rows[names.index("vskip count=1 + skip_kv")].plan
     assert both.layers_without_attention() == (2,)
     assert both.evict

@@ -268,16 +268,20 @@ def test_local_rank_of_the_launcher(command, seen, monkeypatch, spelling):
         ("trainer.max_stps=3", "error: trainer.max_stps: no such field; did you mean 'max_steps'"),
         ("trainr.seed=3", "error: trainr: no such field; did you mean 'trainer'?"),
         ("trainer.max_steps=soon", "error: trainer.max_steps: Value 'soon' of type 'str' could not be converted"),
-        ("model.vision.depths=16", "error: model.vision.depths: "),
         ("model.connector.window=16", "error: model.connector.window: "),
         ("model=sv_coz", "error: model: no configuration named 'sv_coz'; did you mean 'sv_cos'"),
         ("experimnt=sv_cos", "error: experimnt: "),
         ("data.recipe=???", "error: data.recipe: needs a value; give it as data.recipe=..."),
         ("nonsense", "error: nonsense: "),
         ("a=[1", "error: a=[1: "),
+        ("model.vision.depths=16", "error: model.vision.depths: 16 is no list; write 'model.vision.depths=[16]'"),
+        ("plan=./found", "error: plan: ./found is a folder; name a plan file in it, plan=./found/FILE.json"),
+        ("plan=found/best", "error: plan: found/best is a folder; name a plan file in it, plan=found/best/plan.json"),
     ],
 )
-def test_mistakes_are_one_line(command, seen, override, message):
+def test_mistakes_are_one_line(command, seen, tmp_path, override, message):
+    (tmp_path / "found/best").mkdir(parents=True)
+    (tmp_path / "found/best/plan.json").write_text("{}")
     status, out, error = command("train", override)
     assert status == 1
     assert error.startswith(message)

@@ -20,7 +20,7 @@ from skipvision_train.resources import resource_dir
 
 CONF = resource_dir("conf")
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-GROUP_PATHS = {"connector": "connector@model.connector"}
+GROUP_PATHS = {"connector": "connector@model.connector", "adapters": "adapters@stage.lora"}
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
@@ -44,7 +44,7 @@ def composed(command: str, *overrides: str):
 
 def test_all_files_are_found():
     # The number is here so that a glob that finds too little fails; adjust it when a file is added.
-    assert len(FILES) == 153
+    assert len(FILES) == 155
     assert set(COMMANDS) <= set(map(cli.module_name, cli.COMMANDS))
     assert "train" in COMMANDS
 

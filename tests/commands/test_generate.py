@@ -13,8 +13,8 @@ from watched import make_ours
 
 from skipvision_train import cli
 from skipvision_train.analysis.flops import sequence_flops
-from skipvision_train.inference import Assistant, Conversation, Sampling
-from skipvision_train.inference.terminal import Chat, Screen
+from skipvision_train.inference import Assistant, Conversation, Reply, Sampling
+from skipvision_train.inference.terminal import Chat, Screen, _table, figures
 from skipvision_train.plans import TokenKind, dense, skip_ffn, vskip
 
 LENGTH = "max_new_tokens=6"
@@ -163,6 +163,27 @@ def test_prompts_without_an_answer_are_counted(command, folder, tmp_path):
 # --- a chat --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_figures_of_a_reply(finished):
+    reply = Reply("a", finished, 3, {"text": 5, "skipped": 2}, 12.4, 1.25, 3 * 2**19)
+    assert figures(reply, 2.5e9) == (
+        f"prompt 7 tokens (5 text, 2 skipped), prefill 2.50 GFLOPs; 3 generated{'' if finished else ', cut'}, "
+        "the first after 12 ms, then 1.2 ms each; KV cache 1.50 MiB"
+    )
+
+
+def test_a_ratio_needs_two_numbers():
+    rows = [
+        ("both", [3.0, 2.0], ".1f"),
+        ("own", [1.0, None], ".1f"),
+        ("dense", [None, 1.0], ".1f"),
+        ("none", [1.0, 0.0], ".0f"),
+    ]
+    assert [line.split()[1:] for line in _table(["own", "dense"], rows)] == [
+        *(["dense", "ratio"], ["3.0", "2.0", "1.50"], ["1.0", "-", "-"], ["-", "1.0", "-"], ["1", "0", "-"]),
+    ]
+
+
 def test_a_chat_from_a_pipe(command, folder, ours):
     first = Conversation.begin("Be brief.").ask("What is this?", [folder / "0.png"])
     one = ours.reply(first, SHORT).text
@@ -193,6 +214,11 @@ def test_a_chat_from_a_pipe(command, folder, ours):
         "plan: vskip",
         "plan: dense",
         f"plan: {ours.own_plan.name}",
+    ]
+    assert [line for line in err.splitlines() if line.endswith("with the next question")] == [
+        "1 image with the next question",
+        "2 images with the next question",
+        "1 image with the next question",
     ]
 
 
@@ -273,12 +299,19 @@ def test_an_interrupted_answer_ends_alone(ours):
         (("prompt=a", "compare=true", "plan=dense"), "compare: the plan 'dense' leaves nothing out"),
         (("prompt=a", "plan=none.json"), "none.json"),
         (("prompt=a", "checkpoint=nowhere"), "checkpoint: nowhere is no model directory"),
+        (("prompt=a", "checkpoint=run"), "checkpoint: run is no model directory: it has no config.json; run/model has"),
+        (("prompt=a", "checkpoint=text"), "checkpoint: text holds a model of text (llama), which sees no images"),
+        (("prompt=a", "prompt=b"), "prompt: given 2 times"),
+        (("prompt=a", "image=0.png"), "image: '0.png' is no list; write 'image=[0.png]'"),
         (("prompt=a", "device=abacus"), "device: 'abacus' is no device"),
         (("prompt=a", "tempreature=1"), "tempreature: no such field; did you mean 'temperature'?"),
     ],
 )
 def test_a_mistake_is_one_line(command, folder, arguments, message):
     (folder / "empty.jsonl").write_text("\n")
+    for place, kind in (("run/model", "skip_vision"), ("text", "llama")):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        (folder / place / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     status, out, err = command(*arguments)
     assert (status, out) == (1, "")
     assert last(err).startswith("error: ")

@@ -79,6 +79,7 @@ def test_offloading_and_buffers_by_hand():
     assert buffers(parameters, "zero2", "bf16", settings) == 2 * 2 * 7
     assert buffers(parameters, "zero3", "fp32", settings) == 4 * 2 * 7 + 4 * 1000
     assert buffers(parameters, "ddp", "bf16", settings) == 400
+    assert buffers(PAPER, "zero3", "bf16", settings) == 2 * 2 * 7 + 2 * 1_000_000_000
     assert checkpoint_bytes(parameters, "zero3", "bf16") == 2 * 1000 + 12 * 100
 
 
@@ -210,6 +211,36 @@ def test_the_command_for_the_papers_stage(capsys):
         16 * (stage["sample_flops"] + stage["recomputed_flops"]) / (0.4 * 312e12)
     )
     assert zero3["hours"][0] == pytest.approx(math.ceil(665298 / 128) * 8 / 3600 * zero3["compute_seconds"])
+
+
+def stage_of(adapters):
+    return "experiment=sv_cos", "stage.lr.vision=null", "deepspeed=zero2", f"adapters@stage.lora={adapters}"
+
+
+def test_adapters_and_weights_in_four_bits_by_hand(capsys):
+    """Vision 278,771,712 and reducer 8,192; the decoder's layers hold 32 times 218,103,808 weights in maps."""
+    rows, h, m = {}, 4096, 14336
+    maps = 32 * (2 * h * h + 2 * h * 1024 + 3 * h * m)
+    rank = 32 * 16 * (2 * (h + h) + 2 * (h + 1024) + 3 * (h + m))
+    whole = 278_771_712 + 81_098_752 + 8_192 + 8_030_261_248
+    for adapters in ("lora", "qlora"):
+        status, out, _ = plan_run(capsys, *stage_of(adapters), "gpus=[8]", "engines=[zero2]", "format=json")
+        assert status == 0
+        found = json.loads(out)
+        (rows[adapters],), stage = found["rows"], found["stage"]
+        assert stage["trainable"] == rank + 81_098_752 + 8_192
+        assert stage["parameters"] == whole + rank - (maps if adapters == "qlora" else 0)
+    assert stage["packed_bytes"] == maps / 2 + maps / 64 + maps / 64 / 256 * 4
+    assert rows["lora"]["weights"] == 2 * (whole + rank)
+    assert rows["qlora"]["weights"] == 2 * (whole + rank - maps) + stage["packed_bytes"]
+    assert rows["qlora"]["optimizer"] == 12 * stage["trainable"] / 8
+    status, out, _ = plan_run(capsys, *stage_of(adapters), "gpus=[8]", "engines=[zero2]")
+    assert "GB of weights in 4 bits" in out
+    status, _, err = plan_run(capsys, *stage_of(adapters), "gpus=[8]")
+    assert (status, err.splitlines()[-1]) == (
+        1,
+        "error: engines: zero3 cannot shard weights of 4 bits (stage.lora.quantize); leave it out",
+    )
 
 
 def test_the_table_says_what_it_assumes(capsys):

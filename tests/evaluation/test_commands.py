@@ -11,7 +11,7 @@ from skipvision_train.cli import run_command
 from skipvision_train.commands import calibrate, evaluate, generate, report
 from skipvision_train.config.calibration import BudgetSpec, StrategySpec
 from skipvision_train.config.plans import PlanSpec
-from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.errors import CheckpointError, ConfigError, DataError
 from skipvision_train.evaluation.evaluate import predict
 from skipvision_train.evaluation.results import EvaluationResult
 from skipvision_train.models.identity import model_hash
@@ -86,6 +86,8 @@ def test_the_whole_road(settings, checkpoint, data, tmp_path, capsys):
     )
     html = page.read_text()
     assert html.count("<article") == 5
+    with pytest.raises(DataError, match=r"no such image file; data_root=\.\.\. says"):
+        report.run(report.Config(output=str(tmp_path / "none.html"), evaluations=[str(tmp_path / "own")]))
     assert "skip_ffn + V-Skip" in html
     assert [p.name for p in page.parent.iterdir()] == ["report.html"]
 

@@ -14,13 +14,16 @@ from interrupted import InterruptAfter, InterruptionError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerState, set_seed
 
+from skipvision_train.analysis.flops import sequence_flops
+from skipvision_train.data.processor import Example
 from skipvision_train.errors import TrainingError
+from skipvision_train.plans import fastv
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import EpochSampler, TrainCollator
 from skipvision_train.training.callbacks import MetricsFile, read_metrics
 from skipvision_train.training.clock import StepClock
-from skipvision_train.training.facts import FACTS, FactsCollator
-from skipvision_train.training.metrics import share_norm, time_logs
+from skipvision_train.training.facts import FACTS, BatchFacts, FactsCollator, batch_facts
+from skipvision_train.training.metrics import Meter, PartNorms, share_norm, time_logs
 from skipvision_train.training.reporting import Progress, remaining, wandb_mode, wandb_run_id
 from skipvision_train.training.run import assemble, run_stage
 from skipvision_train.training.stages import PARTS
@@ -113,6 +116,16 @@ def test_facts_of_a_packed_batch(make_cfg, two_sources):
     assert facts.sources.tolist() == ["ab".index(samples[d].source) for d in of_position.tolist()]
 
 
+def test_facts_by_hand():
+    """The first label of a sample is predicted by nothing."""
+    text = [TokenKind.TEXT] * 3
+    one = Example([5, 6, 7], [5, -100, 7], text, None, (2,), "0", "b")
+    other = Example([5, 6, 7], [-100, 6, 7], text, None, (3, 1), "1", "a")
+    facts = batch_facts([one, other], ["a", "b"], 8)
+    assert facts.sources.tolist() == [1, 0, 0]
+    assert (facts.samples, facts.tiles, facts.places) == (("0 of b", "1 of a"), (2, 3, 1), 8)
+
+
 def test_an_empty_batch_has_facts():
     facts = FactsCollator(TrainCollator(7), ["a"])([None])[FACTS]
     assert (facts.samples, facts.supervised, facts.kinds.shape, facts.places) == ((), 0, (0, 6), 2)
@@ -134,6 +147,55 @@ def test_work_of_dense_training_against_torchs_counter(make_cfg, llm):
     # Attention's backward is five products for the forward's two; the convention counts four.
     assert counted.get_total_flops() == pytest.approx(expected, rel=0.1)
     assert counter.sample(kinds, parts.model.plan).ffn_skipped == 0
+
+
+def test_ranking_what_is_dropped_has_no_backward_pass(tiny_config):
+    plan, kinds = fastv(1, 0.5).bind(3), (0, 9, 12, 0, 20, 0)
+    counts = {TokenKind(kind): number for kind, number in enumerate(kinds) if number}
+    costs = sequence_flops(tiny_config.text_config, counts, plan)
+    ranking = costs.raters + sum(layer.score for layer in costs.layers)
+    once, whole = (WorkCounter(tiny_config, parts).sample(kinds, plan).flops for parts in ((), ("llm",)))
+    assert 0 < ranking < once == pytest.approx(costs.total)
+    assert whole == pytest.approx(3 * (once - ranking) + ranking)
+
+
+def test_a_language_model_with_adapters_costs_what_a_frozen_one_does(make_cfg):
+    """Its weights get no gradient, the connector in front of it still does."""
+    cfg = make_cfg("plan.method=skip_ffn")
+    parts = assemble(cfg)
+    names = ["connector", "llm"]
+    adapted, frozen = (
+        WorkCounter(parts.model.config, names, has_adapters=True),
+        WorkCounter(parts.model.config, names[:1]),
+    )
+    whole = WorkCounter(parts.model.config, names)
+    kinds = tuple(np.bincount(parts.feed.dataset[0].token_kinds, minlength=6).tolist())
+    costs = [counter.sample(kinds, parts.model.plan).flops for counter in (adapted, frozen, whole)]
+    assert costs[0] == costs[1] < costs[2]
+    assert adapted.around((1,), 3) == frozen.around((1,), 3) < whole.around((1,), 3)
+
+
+def test_losses_of_a_skipped_step_do_not_count(tiny_config):
+    meter = Meter(WorkCounter(tiny_config, ["llm"]), ["a", "b"], ["llm"], torch.device("cpu"))
+    facts = BatchFacts(("0 of a",), np.array([0, 0, 1]), np.zeros((1, len(TokenKind)), np.int64), (), 4)
+    for losses, skipped in (([1.0, 2.0, 3.0], False), ([100.0] * 3, True), ([5.0, 6.0, 7.0], False)):
+        meter.add_losses(torch.tensor(losses), facts)
+        meter.end_step(skipped)
+    logs = meter.read(lambda row: row[None]).logs(3)
+    assert (logs["loss/a"], logs["loss/b"]) == ((1 + 2 + 5 + 6) / 4, (3 + 7) / 2)
+
+
+def test_norms_are_those_since_the_last_reading():
+    tensors = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [t], "name": n} for t, n in zip(tensors, ("a", "a", "b"), strict=True)])
+    norms, device = PartNorms(), torch.device("cpu")
+    optimizer.register_step_pre_hook(norms.hook)
+    for due, expected in ((False, [0, 0]), (True, [4, 9 + 16]), (False, [0, 0])):
+        norms.due = due
+        for tensor, gradient in zip(tensors, (3.0, 4.0, 2.0), strict=True):
+            tensor.grad = torch.tensor([gradient])
+        optimizer.step()
+        assert norms.take(["b", "a"], device).tolist() == expected
 
 
 def test_peaks_of_known_devices():
@@ -158,7 +220,7 @@ def test_the_clock_adds_up_phases():
     }
     clock.mark("save")
     assert clock.read()["backward"] == 1
-    logs = time_logs({**spent, "save": 100.0}, steps=2)
+    logs = time_logs({**spent, "save": 100.0, "samples": 50.0}, steps=2)
     assert logs["time/step"] == 5
     assert logs["time/forward"] == 0.3
 
@@ -206,6 +268,7 @@ def test_a_terminal_has_a_bar_and_no_lines(caplog):
     stream = Terminal()
     with caplog.at_level(logging.INFO):
         show(Progress(True, stream))
+    assert "3/10" in stream.getvalue()  # where the run continues
     assert "5/10" in stream.getvalue()
     assert "loss 2.5" in stream.getvalue()
     assert not caplog.records
