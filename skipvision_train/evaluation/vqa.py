@@ -37,7 +37,6 @@ _CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}  # the table of the challenge has this one the wrong way round
 
 _PERIOD = re.compile(r"\.(?!\d)")
-_DIGIT_COMMA = re.compile(r"\d,+\d")
 _PERIODS_AT_MOST = 32
 
 
@@ -53,7 +52,7 @@ def normalise_vqa(text: str) -> str:
     text = re.sub(r"[\n\t]", " ", text).strip()
     plain = text
     for mark in _MARKS:
-        apart = f"{mark} " in text or f" {mark}" in text or _DIGIT_COMMA.search(text) is not None
+        apart = f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if apart else " ")
     plain = _PERIOD.sub("", plain, count=_PERIODS_AT_MOST)
     words = [_NUMBERS.get(word, word) for word in plain.split()]

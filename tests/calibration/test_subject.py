@@ -8,7 +8,7 @@ from torch import nn
 
 from skipvision_train.calibration.samples import prompt_samples
 from skipvision_train.errors import CheckpointError, ConfigError
-from skipvision_train.inference.loading import load_model
+from skipvision_train.inference.loading import choose_device, load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import vskip
 
@@ -57,7 +57,7 @@ def cut_the_weights(directory):
 BROKEN = {
     "has no config.json": lambda directory: (directory / "config.json").unlink(),
     "is no model configuration": lambda directory: (directory / "config.json").write_text("{}"),
-    "Unrecognized configuration class": lambda directory: (directory / "config.json").write_text(
+    "holds a model of text (llama)": lambda directory: (directory / "config.json").write_text(
         '{"model_type": "llama"}'
     ),
     "model type `nope`": lambda directory: (directory / "config.json").write_text('{"model_type": "nope"}'),
@@ -82,6 +82,13 @@ def test_settings_that_cannot_work_are_refused(llava_directory):
         load_model(str(llava_directory), "cpu", "fp8")
     with pytest.raises(ConfigError, match="device: 'abacus' is no device"):
         load_model(str(llava_directory), "abacus")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^device: cuda:0, but torch finds no GPU"):
+        choose_device("cuda:0")
+    assert choose_device(None) == torch.device("cpu")
 
 
 # --- the hash ------------------------------------------------------------------------------------------------------

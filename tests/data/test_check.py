@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -17,11 +18,21 @@ import yaml
 from PIL import Image
 
 from skipvision_train.data.check import REASONS, Measure, RecordCheck, Tally, check_records
-from skipvision_train.data.check_report import bars, budgets, distribution, duplicates, histogram, quantile
+from skipvision_train.data.check_report import (
+    bars,
+    budgets,
+    distribution,
+    duplicates,
+    histogram,
+    quantile,
+    token_shapes,
+)
+from skipvision_train.data.dataset import BYTES_PER_TOKEN
 from skipvision_train.data.images import load_image
 from skipvision_train.data.recipes import load_recipe, load_records
 from skipvision_train.data.records import text_bytes
 from skipvision_train.errors import DataError
+from skipvision_train.models.settings import ReducerConfig, TilingConfig
 
 
 def encoded(seed: int, kind: str = "PNG", width: int = 20) -> bytes:
@@ -247,6 +258,60 @@ def test_budgets_are_counted_as_a_run_does(opened):
     assert budgets(strict.parts, tallies, 4) == ["chats: 15 unusable records, max_malformed is 14"]
 
 
+def test_a_source_that_may_have_none_is_counted_by_itself(opened):
+    strict = opened(chats={"max_malformed": 0}, rows={"repeat": 2})
+    tallies = checked(strict)
+    assert budgets(strict.parts, tallies, 6) == ["chats: 15 unusable records, max_malformed is 0"]
+    assert "6 unusable records (rows 4, shards 2)" in budgets(strict.parts, tallies, 5)[1]  # two records twice an epoch
+
+
+def test_the_order_of_images_makes_no_other_shape(opened, folder, config_factory):
+    orders = ["wide.jpg", "a.png"], ["a.png", "wide.jpg"]
+    lines = [chat(str(i), "<image><image>", image=names) for i, names in enumerate(orders)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measure = Measure(
+        config_factory(
+            tiling=TilingConfig("aspect", 4), reducer=ReducerConfig(split="tiles", local_keep=None, summary="none")
+        )
+    )
+    tiles = measure.tiles(80, 12), measure.tiles(20, 12)
+    assert tiles[0] > tiles[1]
+    (chats, *_) = checked(opened(), measure)
+    assert chats.shapes == {(len("<image><image>A thing."), tiles[::-1]): 2}
+
+
+def test_stretches_hold_records_of_one_row_group(tmp_path):
+    """Of a part of the records, too; none is longer than an eighth of all."""
+    for name, rows, group in (("a", 240, 50), ("b", 60, 40)):
+        table = pa.table({"question": ["?"] * rows, "answer": ["it"] * rows})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=group)
+    sources = [
+        {"name": n, "path": f"{n}.parquet", "format": "vqa"} | more for n, more in (("a", {"take": 130}), ("b", {}))
+    ]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    check = RecordCheck(load_records(load_recipe(tmp_path / "recipe.yaml")).parts, Measure())
+    places = range(130 + 60)
+    assert len(check) == len(places)
+
+    def group_of(place):
+        number, index = check.locate(place)
+        return number, index // (50, 40)[number]
+
+    expected = []
+    for _, members in itertools.groupby(places, group_of):
+        stretch, most = list(members), len(places) // 8
+        expected += [stretch[start : start + most] for start in range(0, len(stretch), most)]
+    assert list(check.batches(1)) == expected
+
+
+def test_bytes_are_estimated_as_tokens_up_to_the_limit(config):
+    tally = Tally(0, shapes=Counter({(4000, (1, 1)): 2, (5000, (1, 1)): 3, (40, (1,)): 1}))
+    estimate = token_shapes(tally, Measure(config, None, "llama3", 100))
+    # 14 visual tokens an image: 72 places are left beside two, and the long ones fall together.
+    assert estimate == {(72, (1, 1)): 5, (40 // BYTES_PER_TOKEN, (1,)): 1}
+    assert token_shapes(tally, Measure())[4000 // BYTES_PER_TOKEN, (1, 1)] == 2
+
+
 DIES = """
 import os, signal, sys
 from skipvision_train.data import check
@@ -287,6 +352,12 @@ def test_quantiles_are_numpys():
     values = [3, 3, 8, 9, 12, 40, 41, 41, 41, 200]
     for share in (0.1, 0.5, 0.55, 0.99, 1.0):
         assert quantile(Counter(values), share) == np.quantile(values, share, method="inverted_cdf")
+
+
+def test_up_to_six_values_are_listed():
+    assert distribution(Counter(range(6)))["values"] == {str(value): 1 for value in range(6)}
+    assert distribution(Counter(range(7)))["values"] is None
+    assert distribution(Counter({2: 3, 6: 1}))["mean"] == 3
 
 
 def test_distributions_on_one_line():

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, islice
 
 import datasets
@@ -164,6 +165,11 @@ def test_workers_change_nothing_and_a_resumed_order_goes_on(write_lines, workers
         assert batches(streams, 4, workers, start=step) == expected[2 * step : 2 * step + 4]
 
 
+def test_batches_follow_the_runs_seed(write_lines):
+    streams = Streams.open("r", [write_lines("a", *[6] * 8)])
+    assert len({tuple(chain(*batches(streams, 6, seed=seed))) for seed in range(3)}) == 3
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_processes_change_no_step_where_lanes_stay(write_lines, processes):
     sources = [write_lines("a", *[6] * 16), write_lines("b", 40, 40)]
@@ -193,6 +199,106 @@ def test_no_process_reads_another_ones_shards(write_tar, tmp_path, monkeypatch):
     assert len(opened) == 1
 
 
+def test_a_shard_that_ends_where_the_run_begins_is_not_opened(write_tar, tmp_path, monkeypatch):
+    for n in range(3):
+        write_tar(f"{n}.tar", {f"{n}{i}.json": json.dumps(entry(f"{n}/{i}")).encode() for i in range(4)})
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{n}.tar": 4 for n in range(3)}))
+    opened = []
+    monkeypatch.setattr(units, "TarEntries", lambda paths: opened.append(paths[0].name) or TarEntries(paths))
+    streams = Streams.open("r", [Source("a", tuple(str(tmp_path / f"{n}.tar") for n in range(3)), format="messages")])
+    assert ids(streams, 4, skip=4, buffer=0) == [f"1/{i}" for i in range(4)]
+    assert opened == ["1.tar"]
+
+
+def test_known_sizes_skip_as_unknown_ones_do(write_tar, tmp_path):
+    """Of a fraction of the records, too, and where lanes share shards."""
+    for n in range(3):
+        write_tar(f"{n}.tar", {f"{n}{i:02}.json": json.dumps(entry(f"{n}/{i}")).encode() for i in range(20)})
+    source = Source("a", tuple(str(tmp_path / f"{n}.tar") for n in range(3)), format="messages", take=0.4)
+    unknown = Streams.open("r", [source])
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{n}.tar": 20 for n in range(3)}))
+    known = Streams.open("r", [source])
+    for lane, lanes in ((0, 1), (1, 2), (3, 4)):
+        whole = ids(unknown, 60, lane, lanes)
+        for skip in (1, 7, 20, 45):
+            assert ids(known, 60 - skip, lane, lanes, skip) == whole[skip:]
+
+
+def test_a_shard_listed_as_empty_is_no_unit(write_tar, tmp_path):
+    paths = [str(write_tar(name, {"0.json": json.dumps(entry(0)).encode()})) for name in ("a.tar", "b.tar")]
+    (tmp_path / "sizes.json").write_text(json.dumps({"a.tar": 0, "b.tar": 1}))
+    assert [unit.path for unit in open_units(paths)] == [paths[1]]
+
+
+def test_a_unit_is_counted_once(write_lines, monkeypatch):
+    """A late beginning reads files of unknown size in the first round alone, and then what it gives out."""
+    streams, read = Streams.open("r", [write_lines("a", 3, 4)]), []
+    entries = LinesUnit.entries
+    monkeypatch.setattr(LinesUnit, "entries", lambda unit: read.append(unit.path.name) or entries(unit))
+    ids(streams, 1, skip=70, buffer=0)
+    assert read == ["a-0.jsonl", "a-1.jsonl", "a-0.jsonl"]
+
+
+def test_rounds_and_blocks_have_orders_of_their_own(write_lines):
+    streams = Streams.open("r", [write_lines("a", *[1] * 6)])
+    files = ids(streams, 60, buffer=1)  # nothing but the files' order is shuffled
+    assert len({tuple(files[start : start + 6]) for start in range(0, 60, 6)}) > 5
+    one = Streams.open("r", [write_lines("b", 40)])
+    places = [int(x.split("/")[2]) for x in ids(one, 40, buffer=8)]
+    blocks = [places[start : start + 8] for start in range(0, 40, 8)]
+    assert [sorted(block) for block in blocks] == [list(range(start, start + 8)) for start in range(0, 40, 8)]
+    assert len({tuple(place % 8 for place in block) for block in blocks}) > 3
+    assert ids(one, 40, skip=40, buffer=8) != ids(one, 40, buffer=8)
+
+
+def test_images_are_moved_to_the_front_where_the_recipe_says_so(tmp_path):
+    turns = [{"from": "human", "value": "Which?\n<image>"}, {"from": "gpt", "value": "it"}]
+    (path := tmp_path / "a.jsonl").write_text(json.dumps({"id": "0", "image": "a.png", "conversations": turns}) + "\n")
+    source = Source("a", (str(path),), image_root=tmp_path)
+    texts = [
+        Streams.open("r", [replace(source, image_first=first)]).first().read().turns[0].text for first in (False, True)
+    ]
+    assert texts == ["Which?\n<image>", "<image>\nWhich?"]
+
+
+def test_links_out_of_the_image_root_are_followed_where_the_recipe_says_so(tmp_path, picture):
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "outside.png")
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "outside.png")
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "it"}]
+    (path := tmp_path / "a.jsonl").write_text(json.dumps({"id": "0", "image": "a.png", "conversations": turns}) + "\n")
+    source = Source("a", (str(path),), image_root=tmp_path / "images", follow_links=True)
+    with Streams.open("r", [source]).first().read().images[0].open() as file:
+        assert np.array_equal(np.array(Image.open(file)), np.array(picture()))
+    with pytest.raises(DataError, match="follow_links: true"):
+        Streams.open("r", [replace(source, follow_links=False)]).first().read().images[0].open()
+
+
+def test_lanes_draw_their_sources_independently(write_lines):
+    streams = Streams.open("r", [write_lines("a", 50), write_lines("b", 50)])
+    drawn = [[x[0] for x in ids(streams, 100, lane, 2)] for lane in range(2)]
+    assert 20 < sum(one != other for one, other in zip(*drawn, strict=True)) < 80
+
+
+def test_a_lane_that_a_round_gives_nothing_goes_on(write_lines):
+    """Eight files of a record, of which a fraction is taken, for four lanes."""
+    streams = Streams.open("r", [write_lines("a", *[1] * 8, take=0.4)])
+    kept = set(ids(streams, 30))
+    assert 0 < len(kept) < 4  # so that in any round some lane has none
+    assert {x for lane in range(4) for x in ids(streams, 20, lane, 4)} == kept
+
+
+def test_another_checksum_is_refused(write_lines):
+    source = write_lines("a", 3)
+    with pytest.raises(DataError, match="checksum"):
+        Streams.open("r", [replace(source, checksum=("0" * 64,))])
+
+
+def test_files_of_several_kinds_are_refused(write_lines, tmp_path):
+    with pytest.raises(ConfigError, match=r"files of several kinds \(jsonl, parquet\)"):
+        open_units([*write_lines("a", 1).path, str(tmp_path / "b.parquet")])
+
+
 @pytest.mark.parametrize("piece", [1, 7, 50, 131, 10_000])
 def test_pieces_of_a_file_have_every_line_once(tmp_path, piece, monkeypatch):
     lines = [json.dumps(entry(i)) for i in range(9)]
@@ -213,6 +319,33 @@ def test_huge_lines_are_refused_one_by_one(tmp_path, monkeypatch):
     assert (first()["id"], third()["id"]) == ("0", "2")
     with pytest.raises(DataError, match="3000002 bytes of JSON; at most 1000000"):
         second()
+
+
+def test_a_line_of_exactly_the_most_is_read(tmp_path, monkeypatch):
+    (path := tmp_path / "a.jsonl").write_text(json.dumps(entry(0)) + "\n")
+    for most in (path.stat().st_size, path.stat().st_size - 1):
+        monkeypatch.setattr(units, "MAX_TEXT_BYTES", most)
+        (read,) = LinesUnit(path, 0, path.stat().st_size).entries()
+        if most == path.stat().st_size:
+            assert read()["id"] == "0"
+        else:
+            with pytest.raises(DataError, match=f"at most {most}"):
+                read()
+
+
+def test_space_behind_a_long_line_does_not_hide_it(tmp_path):
+    line = json.dumps(entry(0)) + " " * (1 << 20)
+    (path := tmp_path / "a.jsonl").write_text(line + "\n" + " " * (3 << 20) + "\n" + line)
+    assert [read()["id"] for read in LinesUnit(path, 0, path.stat().st_size).entries()] == ["0", "0"]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    (path := tmp_path / "a.jsonl").write_text(json.dumps(entry(0)) + "\n")
+    size = path.stat().st_size
+    (read,) = LinesUnit(path, 0, size).entries()
+    os.truncate(path, size - 9)
+    with pytest.raises(DataError, match=rf"{size - 9} of {size} bytes are there; the file was cut"):
+        read()
 
 
 def containers(tmp_path, write_tar):
@@ -264,6 +397,15 @@ def test_images_of_the_hub_keep_their_bytes(tmp_path, picture):
     for reference, seed in zip(islice(streams.references(Lane(0, 1, 0, 0)), 2), (0, 1), strict=True):
         record = reference.read()
         assert np.array_equal(np.array(Image.open(record.images[0].open())), np.array(picture(seed=seed)))
+
+
+def test_a_file_of_the_hub_that_breaks_is_named(tmp_path, write_tar):
+    (location,) = containers(tmp_path, write_tar)["hub"]
+    first, second = open_units([location])
+    (tmp_path / "hub" / "train-1.parquet").write_bytes(b"no table" * 1000)
+    assert len(list(first.entries())) == 6
+    with pytest.raises(DataError, match=r"^hub:.*/hub: file 1 of 2 cannot be read: "):
+        list(second.entries())
 
 
 def test_a_broken_shard_is_as_many_unusable_records_as_it_is_listed_with(write_tar, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from skipvision_train.analysis.flops import layer_flops, sequence_flops
 from skipvision_train.analysis.tradeoff import pictures, points_of
 from skipvision_train.calibration.scores import ScoreTable
+from skipvision_train.data.records import Turn
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.evaluation.bench import (
     Answers,
@@ -36,7 +37,7 @@ from skipvision_train.evaluation.equal_flops import (
 from skipvision_train.evaluation.evaluate import predict
 from skipvision_train.evaluation.results import Prediction
 from skipvision_train.evaluation.timing import PlanTimes, Spread, measure_answers
-from skipvision_train.inference import Assistant
+from skipvision_train.inference import Assistant, Conversation, Sampling
 from skipvision_train.plans import LayerRule, TokenKind, dense, fastv, skip_ffn, vskip, vtw
 from skipvision_train.plans.rules import VISUAL
 
@@ -76,6 +77,29 @@ def test_the_likeliest_choice_is_evaluates(assistant, records, plans):
         with assistant.under(plan):
             expected = predict(assistant.model, assistant.processor, asked, 4, 4)
         assert [p.output for p in found.predictions[name]] == [p.output for p in expected]
+
+
+def test_every_question_is_answered_with_one_of_its_own_choices(assistant, records, plans):
+    """Behind questions of another metric, in batches of two."""
+    metric = "multiple_choice_likelihood"
+    own = [[f"{i} red", f"{i} blue"] for i in range(5)]
+    asked = [records[0]] + [
+        replace(record, turns=(record.turns[0], Turn("assistant", two[1])), extras={"metric": metric, "choices": two})
+        for record, two in zip(records, own, strict=False)
+    ]
+    found = ask_plans(assistant, {"dense": plans["dense"]}, asked, 2, 4).predictions["dense"]
+    assert all(answer.output in two for answer, two in zip(found[1:], own, strict=True))
+
+
+def test_the_last_question_is_asked_behind_the_former_turns(assistant, records, plans):
+    said = (Turn("user", "Which?"), Turn("assistant", "blue"), Turn("user", "And now?"), Turn("assistant", "red"))
+    several = replace(records[-1], turns=said, images=())
+    assert conversation_of(several).turns == said[:3]
+    (found,) = ask_plans(assistant, {"dense": plans["dense"]}, [several], 1, 4).predictions["dense"]
+    with assistant.under(plans["dense"]):
+        expected = assistant.ask("And now?"), assistant.reply(Conversation(said[:3]), Sampling(4)).text
+    assert (found.question, found.answer, found.output) == ("And now?", "red", expected[1])
+    assert found.output != expected[0]
 
 
 # --- differences ---------------------------------------------------------------------------------------------------
@@ -141,6 +165,22 @@ def test_cost_by_hand(assistant):
     assert mean_prompt(prompts) == {"text": 3, "retained": 1, "skipped": 7}
 
 
+def test_equal_prompts_count_as_often_as_they_occur(assistant):
+    plan = vtw(2).bind(3)
+    small, large = {"text": 4, "skipped": 6}, {"text": 2, "skipped": 30}
+    one, other = plan_cost(assistant, [small], plan), plan_cost(assistant, [large], plan)
+    cost = plan_cost(assistant, [small, large, small, small], plan)
+    assert cost.flops == pytest.approx((3 * one.flops + other.flops) / 4)
+    assert cost.kv_bytes == pytest.approx((3 * one.kv_bytes + other.kv_bytes) / 4)
+    assert cost.live == pytest.approx({kind: (3 * one.live[kind] + other.live[kind]) / 4 for kind in one.live})
+    assert (cost.visual_queries, cost.visual_ffn) == pytest.approx((2 / 3, 2 / 3))
+
+
+def test_prompts_without_images_have_no_visual_work(assistant):
+    cost = plan_cost(assistant, [{"text": 4}], vskip([0]).bind(3))
+    assert (cost.share, cost.visual_queries, cost.visual_ffn) == (1, 0, 0)
+
+
 # --- equal FLOPs ---------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +219,12 @@ def test_layers_come_in_the_order_of_the_scores(deep, orders):
     silent = found.plan.layers_without_attention()
     assert set(silent) == set((5, 3, 7, 1, 0, 2, 4, 6)[: len(silent)])
     assert found.setting == f"layers {', '.join(map(str, silent))} (by vig)"
+
+
+def test_pyramids_keep_the_same_share_at_every_drop(deep, orders):
+    first, second, third = (drop.keep for drop in at_share("pyramiddrop", 0.6, deep, COUNTS, orders).plan.drops)
+    assert 0 < first < 1
+    assert (second, third) == pytest.approx((first**2, first**3), abs=1e-6)
 
 
 def test_both_methods_save_a_part(deep, orders):
@@ -242,6 +288,14 @@ def test_calibrations_of_other_models_are_refused(calibration):
         layer_orders(3, str(calibration), "def")
     with pytest.raises(DataError, match="nothing: no such file"):
         layer_orders(3, str(calibration / "nothing"))
+
+
+def test_scores_that_rank_no_methods_layers_are_refused(calibration):
+    for file in calibration.glob("scores_*.json"):
+        file.unlink()
+    (calibration / "vig.json").write_text(json.dumps({"scores": [3.0, 1.0, 2.0], "layers": [1], "strategy": "random"}))
+    with pytest.raises(ConfigError, match="has scores of random; methods here use vig, vig_ffn, shortv"):
+        layer_orders(3, str(calibration))
 
 
 def test_every_method_has_a_strength(deep, orders):

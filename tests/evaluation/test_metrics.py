@@ -6,11 +6,13 @@ import pytest
 
 from skipvision_train.evaluation.metrics import (
     Accuracy,
+    Figure,
     accuracy,
     accuracy_interval,
     exact_match,
     mean_accuracy,
     normalise_answer,
+    share,
 )
 
 
@@ -52,6 +54,21 @@ def test_exact_match(prediction, answer, right):
 )
 def test_wilson(correct, total, low, high):
     assert accuracy_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_an_interval_stays_among_shares():
+    """Rounding must not put a bound outside, for any count."""
+    for total in range(1, 200):
+        low, high = accuracy_interval(0, total)[0], accuracy_interval(total, total)[1]
+        assert 0 <= low < 1e-12
+        assert 1 - 1e-12 < high <= 1
+
+
+def test_a_share_of_a_maximum_has_bounds_of_the_same_unit():
+    found = share(5, 10, 200.0)
+    assert (found.value, found.low, found.high) == pytest.approx((100, 200 * 0.23659, 200 * 0.76341), abs=0.01)
+    assert (found.maximum, found.total) == (200, 10)
+    assert share(0, 0, 200.0) == Figure(0, 0, 200, 200, 0)
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 5)])

@@ -55,6 +55,7 @@ def test_letters(output, letter):
 
 def test_letters_without_options():
     assert [read_letter(text) for text in ("J", "K", "The answer is D.", "ball")] == ["J", None, "D", None]
+    assert [read_letter(text) for text in ("I see a ball", "I like C here")] == [None, "C"]  # "I" is a word
 
 
 @given(
@@ -100,6 +101,8 @@ def test_right_options_that_are_none(answer, choices):
         ("yes, there is.", "yes", "yes", True),
         ("No.", "no", "no", True),
         ("NO", "no", "no", True),
+        ("No, there is none", "no", "no", True),
+        ("  n\n", "yes", "no", False),
         ("No\nthere is none", "no", "no", True),
         ("There is not. Yes!", "no", None, True),  # the first sentence decides
         ("I see one. No dog.", "yes", None, True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from skipvision_train.cli import run_command
 from skipvision_train.commands.evaluate import limit_per_task
 from skipvision_train.data.recipes import load_recipe, load_records
-from skipvision_train.data.records import Record, Turn
+from skipvision_train.data.records import ImageRef, Record, Turn
 from skipvision_train.errors import ConfigError, DataError
 from skipvision_train.evaluation.bootstrap import RESAMPLES, figure, mean_score, resampled_sums
 from skipvision_train.evaluation.evaluate import predict, task_of
@@ -83,6 +84,7 @@ def test_fields_of_other_shapes_do_not_disturb_training(tmp_path):
     ("given", "message"),
     [
         ({"metric": "vqa_accuracy"}, "'answers' has 1"),
+        ({"metric": "vqa_accuracy", "answers": ["x"] * 3}, "'answers' has 3; one of each person is needed"),
         ({"metric": "vqa_accuracy", "answers": "x"}, "'answers' must be a list of texts"),
         ({"metric": "anls", "answers": ["x", " "]}, "'answers' holds an empty text"),
         ({"metric": "yes_no", "answer": "perhaps"}, "yes or no is expected"),
@@ -90,6 +92,12 @@ def test_fields_of_other_shapes_do_not_disturb_training(tmp_path):
         ({"metric": "multiple_choice", "answer": "B", "choices": "xy"}, "'choices' must be a list"),
         ({"metric": "multiple_choice_likelihood", "answer": "x", "choices": ["x"]}, "at least 2 different texts"),
         ({"metric": "multiple_choice_likelihood", "answer": "x", "choices": ["x", "x"]}, "at least 2 different texts"),
+        (
+            {"metric": "multiple_choice_likelihood", "answer": "x", "choices": ["x", "y", "y"]},
+            "'choices' has 3; at least 2 different texts",
+        ),
+        ({"metric": "multiple_choice", "answer": "A", "choices": ["x"] * 27}, "'choices' must be a list of at most 26"),
+        ({"metric": "mme", "category": "count", "group": True}, "'group' must be a text, found a boolean"),
         ({"metric": "mme", "category": "smell", "group": "1"}, "'category' is 'smell'; MME has existence"),
         ({"metric": "mme", "category": "OCR"}, "'group' is missing"),
     ],
@@ -120,6 +128,27 @@ def test_any_of_several_answers_is_right():
     assert judged("says hi", metric="ocrbench", answers=["ho", "HI"]).score == 1
 
 
+def test_several_answers_count_only_where_the_metric_takes_them():
+    assert target_of(record("yes", metric="yes_no", answers=["no"])).answers == ("yes",)
+    assert judged("no", metric="yes_no", answer="yes", answers=["no"]).score == 0
+
+
+def test_options_whose_texts_are_letters():
+    """A letter names a place where letters are read, and a text where texts are compared."""
+    given = {"answer": "A", "choices": ["B", "A"]}
+    assert [judged(o, metric="multiple_choice_likelihood", **given).score for o in ("A", "B")] == [1, 0]
+    assert [judged(o, metric="multiple_choice", **given).score for o in ("A", "B")] == [1, 0]
+    given = {"answer": "A", "choices": ["B", "C"]}  # no text of that name: the first option
+    assert [judged(o, metric="multiple_choice_likelihood", **given).score for o in ("B", "C")] == [1, 0]
+
+
+def test_questions_without_a_group_belong_to_their_images():
+    two = Record("r", "s", tuple(ImageRef(Path(name)) for name in "ab"), record().turns, "t", {})
+    assert target_of(two).group == "a, b"
+    assert target_of(replace(two, extras={"group": 7})).group == "7"
+    assert target_of(replace(two, images=(ImageRef(Path("a"), data=b"x"),))).group is None  # bytes have no name
+
+
 def test_one_task_has_one_metric():
     with pytest.raises(DataError, match=r"task 't': record b of s is scored by anls, others by exact_match"):
         check_targets([record(), record(identity="b", metric="anls")], task_of)
@@ -130,6 +159,8 @@ def test_mme_comes_in_pairs():
     three = [record(identity=str(i), metric="mme", category="count", group="i") for i in range(3)]
     with pytest.raises(DataError, match="task 't', count: 3 questions in group 'i'"):
         check_targets(three, task_of)
+    with pytest.raises(DataError, match="task 't', count: 1 questions in group 'i'"):
+        check_targets(three[:1], task_of)
     check_targets(
         [
             *three[:2],
@@ -260,6 +291,12 @@ def test_resampled_sums_have_the_moments_of_draws_with_replacement():
     assert (resampled_sums(units[::-1], seed=1) == sums).all()
     assert (resampled_sums(units, seed=2)[1:] != sums[1:]).any()
     assert (resampled_sums(units, 1, "other")[1:] != sums[1:]).any()
+
+
+def test_equal_rows_are_drawn_as_often_as_they_stand_there():
+    sums = resampled_sums(np.array([[0.0]] * 90 + [[1.0]] * 10), seed=0)
+    assert sums[1:].mean() == pytest.approx(10, abs=0.5)
+    assert sums[1:].var() == pytest.approx(100 * 0.1 * 0.9, rel=0.15)
 
 
 def test_a_graded_mean_has_about_the_normal_interval():

@@ -1,14 +1,19 @@
 """Answers under plans: batches, chats, streams, sampling, and what a reply says it took."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from skipvision_train.calibration.bank import BankFacts, PlanBank
+from skipvision_train.config.plans import PlanSpec
 from skipvision_train.data.records import Turn
 from skipvision_train.errors import ConfigError, DataError, PlanError
-from skipvision_train.inference import Assistant, Conversation, Sampling
+from skipvision_train.inference import Assistant, Conversation, Sampling, decoding
 from skipvision_train.inference.decoding import TextPieces
+from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import TokenKind, dense, skip_kv, vskip
 
 SHORT = Sampling(max_new_tokens=6)
@@ -104,6 +109,27 @@ def test_plans_are_exchanged_and_put_back(assistant, questions, pictures):
     assert torch.equal(assistant.model(**assistant.encode([conversation])).logits, before)
 
 
+def test_a_plan_that_does_not_fit_leaves_the_one_that_runs(ours, pictures):
+    inputs, plan = ours.encode([Conversation().ask("Which?", pictures[:1])]), vskip([0, 1, 2]).bind(3)
+    ours.use(plan)
+    before = ours.model(**inputs).logits
+    with pytest.raises(PlanError):
+        ours.use(vskip([7]))
+    assert ours.plan == plan
+    assert torch.equal(ours.model(**inputs).logits, before)
+
+
+def test_a_bank_is_another_models_unless_it_names_this_one(ours, tmp_path):
+    plan = vskip([1]).bind(3)
+    spec = PlanSpec("bank", path=str(tmp_path / "bank"))
+    facts = BankFacts(model_hash(ours.model), "dense", "vig", "zero", 0, {"a": []}, {}, "2026-07-01")
+    PlanBank.create(tmp_path / "bank", {"a": plan}, plan, facts)
+    assert ours.planned(spec) == plan  # the one for questions without a task
+    PlanBank.create(tmp_path / "bank", {"a": plan}, plan, replace(facts, model_hash="0" * 64))
+    with pytest.raises(PlanError, match="model"):
+        ours.planned(spec)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=1), SHORT])
 def test_evicted_tokens_take_no_memory(ours, pictures, sampling):
     """The cache of every layer holds two tensors of 2 heads of 8 numbers of 4 bytes per position.
@@ -144,6 +170,15 @@ def test_draws_follow_their_seed(ours, pictures):
     assert sure == ours.reply(conversation, Sampling(8)).text
 
 
+def test_milliseconds_by_a_clock_that_ticks_once_a_token(ours, pictures, monkeypatch):
+    """It is read before the prompt, behind it, and behind every token."""
+    ticks = (float(tick) for tick in range(100))
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    reply = ours.reply(Conversation().ask("Which?", pictures[:1]), SHORT)
+    assert reply.tokens > 1
+    assert (reply.first_token_ms, reply.decode_ms) == (2000, 1000)
+
+
 def test_opened_from_a_directory(ours, pictures, tmp_path):
     ours.model.save_pretrained(tmp_path / "model")
     ours.processor.save_pretrained(tmp_path / "model")
@@ -158,6 +193,7 @@ def test_opened_from_a_directory(ours, pictures, tmp_path):
     ("make", "message"),
     [
         (lambda p: Conversation().ask("<image> and <image>", p[:1]), "2 <image> markers, but 1 images"),
+        (lambda p: Conversation().ask("<image>?", p[:2]), "1 <image> markers, but 2 images"),
         (lambda p: Conversation().ask("a", p[:1]).ask("b"), "the last question has no answer"),
         (lambda p: Conversation().answered("b"), "must end with a question"),
         (lambda p: Conversation().ask("a", ["/none.png"]), "/none.png"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,13 @@ def test_a_line_that_is_no_prompt_has_a_reason(folder, line, reason):
     assert question.line == 2
     assert reason in question.error
     assert "\n" not in question.error
+
+
+@pytest.mark.parametrize("ids", [(7, 7), (7, "7"), ("x", "x")])
+def test_two_lines_with_one_id(folder, ids):
+    first, second = read_questions(write_prompts(folder, [{"id": i, "prompt": "p"} for i in ids]))
+    assert first.error is None
+    assert "is another line's id, too" in second.error
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
@@ -261,6 +269,24 @@ class Echo:
         return [Reply(text, True, 1, {"text": 1}, 1.0, None, 0.0) for text in texts]
 
 
+def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS) as answers:
+        answers.write({"id": 1})
+        assert read_lines(tmp_path / "a.jsonl") == [{"id": 1}]
+
+
+def test_long_prompts_run_first(tmp_path):
+    assistant = Echo()
+    run(
+        assistant,
+        write_prompts(tmp_path, [{"prompt": "q" * n} for n in (2, 9, 5, 7)]),
+        tmp_path / "a.jsonl",
+        batch_size=2,
+    )
+    assert [len(text) for text in assistant.asked] == [9, 7, 5, 2]
+    assert [len(line["answer"]) for line in read_lines(tmp_path / "a.jsonl")] == [2, 9, 5, 7]
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
@@ -305,11 +331,20 @@ def test_answers_under_other_settings_are_not_mixed(tmp_path):
         run(Echo(), source, tmp_path / "a.jsonl", settings={**SETTINGS, "temperature": 0.5})
 
 
+def test_settings_that_an_earlier_version_did_not_know_are_others(tmp_path):
+    source = write_prompts(tmp_path, [{"prompt": "q"}])
+    run(Echo(), source, tmp_path / "a.jsonl")
+    run(Echo(), source, tmp_path / "a.jsonl", settings={**SETTINGS, "top_k": None})  # as it was without
+    with pytest.raises(ConfigError, match="was begun with top_k None, now it is 5"):
+        run(Echo(), source, tmp_path / "a.jsonl", settings={**SETTINGS, "top_k": 5})
+
+
 def test_settings_tell_plans_and_sampling_apart():
     def found(plan, sampling=SHORT):
         return run_settings("m", Path("p.jsonl"), sampling, None, plan=plan_digest([plan]))
 
     assert found(skip_ffn().bind(3)) == found(skip_ffn().bind(3))
+    assert found(skip_ffn().bind(3)) == found(replace(skip_ffn().bind(3), name="renamed"))
     assert found(skip_ffn().bind(3)) != found(vskip([1]).bind(3))
     assert found(dense().bind(3)) != found(dense().bind(3), Sampling(4, temperature=1.0))
 

@@ -1,14 +1,17 @@
 """Log-likelihoods of given answers, against full forwards and against single steps."""
 
+import json
 from itertools import chain
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from skipvision_train.data.records import Turn
 from skipvision_train.errors import DataError
 from skipvision_train.inference import Assistant, Conversation, Sampling
-from skipvision_train.inference.likelihood import answer_ids, continuation_likelihoods
+from skipvision_train.inference.likelihood import answer_ids, chat_answer_ids, continuation_likelihoods
 from skipvision_train.plans import TokenKind, compose, dense, fastv, skip_ffn, skip_kv, vskip
 
 ANSWERS = {"ours": ("B", "red or blue", "no"), "foreign": ("w2", "w1 w5 w3", "w7 w7")}
@@ -109,6 +112,70 @@ def test_what_the_model_says_is_greedy(ours, pictures):
     assert found[0].is_greedy
     (found,) = continuation_likelihoods(ours.model, lambda rows: inputs, [[other]], ours.pad_id)
     assert not found[0].is_greedy
+
+
+def test_a_token_that_ends_answers_may_stand_inside(ours, pictures):
+    conversation = Conversation().ask("Which colour?", pictures[:1])
+    ids = [114, ours.pad_id, *ours.end_ids, 101]
+    ours.model.generation_config.eos_token_id = ours.end_ids
+    (found,) = continuation_likelihoods(ours.model, lambda rows: ours.encode([conversation]), [[ids]], ours.pad_id)
+    assert found[0].log_prob == pytest.approx(by_steps(ours, conversation, ids), abs=2e-4)
+
+
+def test_answers_of_one_token_take_no_row_of_their_own(ours, pictures):
+    conversation, rows = Conversation().ask("Which colour?", pictures[:1]), []
+
+    def inputs_of(prompts):
+        rows.append(prompts)
+        return ours.encode([conversation] * len(prompts))
+
+    continuation_likelihoods(ours.model, inputs_of, [[[1], [2, 3], [4], [5, 6, 7]], [[8], [9]]], ours.pad_id)
+    assert rows == [[0, 0, 1]]
+
+
+class Letters:
+    """Somebody's processor: a token per letter, and a template that writes ``Q:<question>A:<answer>;``."""
+
+    chat_template = "some"
+
+    def __init__(self, written=lambda turns: "".join(f"{t.role[0]}:{t.text};" for t in turns)):
+        self.written = written
+        self.tokenizer = lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text]}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        said = [Turn(m["role"], "".join(part["text"] for part in m["content"])) for m in messages]
+        return self.written(said) + ("a:" if add_generation_prompt else "")
+
+
+def test_an_answer_that_stands_in_the_question_too():
+    found = chat_answer_ids(Letters(), [Turn("user", "red or blue?")], [], " red ")
+    assert "".join(map(chr, found)) == "red"
+    with pytest.raises(DataError, match=r"answer 'blue'"):  # a template that leaves the answer out
+        chat_answer_ids(Letters(lambda turns: "u:blue;"), [Turn("user", "blue?")], [], "blue")
+
+
+def test_an_answer_that_the_tokenizer_leaves_out(ours):
+    """Not every tokenizer knows every letter: these have no "x"."""
+    data = json.loads(ours.processor.tokenizer.backend_tokenizer.to_str())
+    del data["model"]["vocab"]["x"]
+    ours.processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
+    question = [Turn("user", "Which?")]
+    assert len(answer_ids(ours.processor, question, [], "xax")) == 1
+    with pytest.raises(DataError, match=r"^answer 'xx': template 'llama3' does not write it"):
+        answer_ids(ours.processor, question, [], "xx")
+    theirs = Letters()
+    theirs.tokenizer = lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text if letter != "x"]}
+    assert chat_answer_ids(theirs, question, [], "xax") == [ord("a")]
+    with pytest.raises(DataError, match=r"^answer 'xx': Letters does not write it"):
+        chat_answer_ids(theirs, question, [], "xx")
+
+
+def test_no_answer_behind_a_line_break():
+    theirs = Letters()
+    theirs.chat_template = None
+    assert chat_answer_ids(theirs, [Turn("user", "Which?")], [], " a ") == [ord("\n"), ord("a")]
+    with pytest.raises(DataError, match=r"^answer '': Letters does not write it"):
+        chat_answer_ids(theirs, [Turn("user", "Which?")], [], " ")
 
 
 def test_probabilities_of_all_tokens_sum_to_one(ours, pictures):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from serve_visitors import events, png
+from starlette.requests import Request
 from tiny_vlms import make_family
 
 from skipvision_train.errors import ConfigError, DataError, PlanError
 from skipvision_train.inference import Assistant, Conversation, Sampling
-from skipvision_train.plans import dense, vskip
+from skipvision_train.plans import dense, victor, vskip
 from skipvision_train.serve.answering import Answering, choices, decoded, without_spellings
-from skipvision_train.serve.limits import Limits
+from skipvision_train.serve.app import Server
+from skipvision_train.serve.limits import Limits, RefusalError
+from skipvision_train.serve.queue import Job
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -249,6 +254,54 @@ def test_image_markers_in_a_text_show_nothing_and_shift_nothing(serve, assistant
     assert someone.come()["exchanges"][0]["text"] == text
 
 
+def test_image_markers_in_an_answer_show_nothing(assistant):
+    """Of the model itself: it is given back to it with the next question."""
+    expected = assistant.reply(Conversation().ask("Which?").answered("an < image>").ask("And?"), SHORT)
+    answering = Answering(assistant, choices(assistant, []), SHORT, Limits())
+    found = answering(Job("own", [("Which?", (), "an <image>")], "And?", ()), lambda piece: None)
+    assert (found["text"], found["prompt"]) == (expected.text, expected.prompt)
+
+
+def test_prompt_and_answer_fit_the_models_positions(assistant):
+    positions = assistant.model.config.text_config.max_position_embeddings
+    answering = Answering(assistant, choices(assistant, []), Sampling(positions - 20), Limits(prompt_tokens=10**6))
+    with pytest.raises(RefusalError, match=r"^chat: \d+ tokens .*; at most 20;"):
+        answering(Job("own", (), "Which of the colours?", ()), lambda piece: None)
+
+
+@pytest.fixture
+def server():
+    """Without a model or connections."""
+    return Server(SimpleNamespace(plans={"own": dense().bind(3)}), Limits(), "tiny")
+
+
+def test_an_upload_into_a_chat_that_has_ended_is_refused(server):
+    async def main():
+        session = server.sessions.begin()
+
+        async def receive():
+            server.begin_anew(session)
+            return {"type": "http.request", "body": png(0), "more_body": False}
+
+        with pytest.raises(RefusalError, match="a new chat has begun meanwhile"):
+            await server.upload(Request({"type": "http", "headers": []}, receive), session)
+        assert not session.chat.uploads
+
+    asyncio.run(main())
+
+
+def test_a_question_without_an_answer_was_never_asked(server):
+    async def main():
+        session, request = server.sessions.begin(), Request({"type": "http", "headers": []})
+        asked = {"text": "Which?", "plan": "own", "images": []}
+        for event in (("done", {"text": ""}), ("error", {"status": 500}), ("done", {"text": "red"})):
+            server.ask(request, session, asked).end(event)
+            assert session.chat.job is None
+        assert [(e.text, e.answer) for e in session.chat.exchanges] == [("Which?", {"text": "red"})]
+
+    asyncio.run(main())
+
+
 def test_special_tokens_in_a_text_stay_text(assistant):
     ours = Answering(assistant, choices(assistant, []), SHORT, Limits())
     special = assistant.processor.tokenizer.convert_ids_to_tokens(assistant.model.config.image_token_id)
@@ -278,6 +331,9 @@ def test_plan_files_are_checked_at_the_start(assistant, tmp_path):
     vskip([0]).bind(7).save(tmp_path / "deep.json")
     with pytest.raises(PlanError):
         choices(assistant, [str(tmp_path / "deep.json")])
+    victor(1, 4).save(tmp_path / "victor.json")
+    with pytest.raises(ConfigError, match="registers: 0, but"):  # of the right depth, but the model has none
+        choices(assistant, [str(tmp_path / "victor.json")])
     with pytest.raises(PlanError, match="no such plan file"):
         choices(assistant, [str(tmp_path / "none.json")])
     assert assistant.plan == assistant.own_plan

@@ -189,6 +189,21 @@ def test_a_rate_ends_with_the_minute_and_forgets_clients():
     assert set(rate._events) == {"c"}
 
 
+def test_a_rate_frees_a_place_after_exactly_a_minute():
+    now = [0.0]
+    rate = Rate(2, "questions", lambda: now[0])
+    rate.take("a")
+    now[0] = 30
+    rate.take("a")
+    now[0] = 59.5
+    with pytest.raises(RefusalError, match="the next in 1 s"):
+        rate.take("a")
+    now[0] = 60
+    rate.take("a")
+    with pytest.raises(RefusalError, match="the next in 31 s"):
+        rate.take("a")
+
+
 @pytest.mark.parametrize("origin", [None, "null", "http://evil.example", "http://127.0.0.1:1", "https://"])
 def test_requests_of_other_pages_are_refused(someone, origin):
     del someone.headers["Origin"]
@@ -205,6 +220,15 @@ def test_only_known_host_names_are_answered(serve):
         refused(someone.get("/api/chat", headers={"Host": host}), 403, "host")
     for host in ("demo.example", "Demo.Example:443", "localhost:7860", "127.0.0.1", "[::1]:80"):
         assert someone.get("/api/chat", headers={"Host": host}).status_code == 200
+
+
+def test_host_names_have_no_case(serve):
+    _, visitor = serve(names=["Demo.Example"])
+    someone = visitor()
+    someone.come()
+    headers = {"Host": "DEMO.example:80", "Origin": "http://demo.EXAMPLE:80"}
+    assert someone.post("/api/new", headers=headers).status_code == 200
+    refused(someone.post("/api/new", headers={**headers, "Origin": "http://demo.example:81"}), 403, "origin")
 
 
 def test_answers_carry_protecting_headers(someone):
@@ -291,6 +315,28 @@ def test_idle_visitors_are_forgotten():
     assert len(sessions) == 0
 
 
+def test_an_idle_visitor_whose_question_waits_is_kept():
+    now = [0.0]
+    sessions = Sessions(Limits(idle_minutes=1), lambda: now[0])
+    busy, idle = sessions.begin(), sessions.begin()
+    busy.chat.job = object()
+    now[0] = 61
+    sessions.begin()
+    assert len(sessions) == 2
+    assert sessions.find(busy.id) is busy
+    assert sessions.find(idle.id) is None
+
+
+def test_previews_take_memory_too():
+    sessions = Sessions(Limits(memory_mb=2))
+    first, second = sessions.begin(), sessions.begin()
+    sessions.add(first, Upload("a", bytes(MB // 2), bytes(MB), 1, 1))
+    sessions.add(second, upload(MB // 2))
+    assert sessions.find(first.id) is first  # exactly full
+    sessions.add(second, upload(1, "b"))
+    assert sessions.find(first.id) is None
+
+
 def test_memory_of_images_is_bounded():
     sessions = Sessions(Limits(memory_mb=2))
     first, second = sessions.begin(), sessions.begin()
@@ -323,13 +369,18 @@ def test_images_of_answered_questions_do_not_wait():
         ({"limits": Limits(upload_mb=0.0)}, "limits.upload_mb: 0.0; above 0"),
         ({"limits": Limits(pixels=float("nan"))}, "limits.pixels: nan"),
         ({"limits": Limits(images=20)}, "limits.chat_images: 12; at least limits.images"),
-        ({"limits": Limits(memory_mb=5)}, "limits.memory_mb: 5; at least"),
+        ({"limits": Limits(memory_mb=119)}, "limits.memory_mb: 119; at least limits.upload_mb x"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(ConfigError) as error:
         command.check(command.Config(checkpoint="x", **change))
     assert str(error.value).startswith(message)
+
+
+def test_the_least_limits_that_can_work():
+    Limits(images=12, chat_images=12, memory_mb=120).check()
+    Limits(*[1] * 17).check()
 
 
 def test_a_missing_extra_is_one_line(monkeypatch, capsys):

@@ -19,6 +19,7 @@ from skipvision_train.training.checkpoints import (
     all_checkpoints,
     changed_files,
     check_same_run,
+    is_finished,
     mark_complete,
     newest_complete,
     publish_model,
@@ -47,6 +48,20 @@ def test_marker_round_trip(tmp_path):
     assert read_marker(path) == INFO
     files = json.loads((path / MARKER).read_text())["files"]
     assert files == {"model.safetensors": 100, "shards/0.pt": 50}
+
+
+def test_remains_of_an_interrupted_marking_are_no_part(tmp_path):
+    path = make(tmp_path, 3, complete=False)
+    (path / f"{MARKER}.tmp").write_text("{")
+    mark_complete(path, INFO)
+    assert written_files(path) == ["model.safetensors", "shards/0.pt"]
+    assert read_marker(path) == INFO
+
+
+def test_the_largest_files_are_shared_out_first(tmp_path):
+    for name, size in (("a", 5), ("b", 50), ("c", 5), ("d", 500)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert written_files(tmp_path) == ["d", "b", "a", "c"]
 
 
 @pytest.mark.parametrize("damage", ["no marker", "file gone", "file short", "marker cut", "marker of another form"])
@@ -138,6 +153,7 @@ def test_order_is_by_number(tmp_path):
     for step in (9, 10, 100):
         make(tmp_path, step)
     (tmp_path / "checkpoint-last").mkdir()
+    (tmp_path / "checkpoint-200.old").mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
     assert [step for step, _ in all_checkpoints(tmp_path)] == [9, 10, 100]
     assert newest_complete(tmp_path) == (tmp_path / "checkpoint-100", CheckpointInfo(100, 1, "none"))
@@ -157,6 +173,31 @@ def test_removal_keeps_the_newest_complete(tmp_path):
     assert [step for step, _ in all_checkpoints(tmp_path)] == [2, 4]
     remove_old(tmp_path, keep=0, current=4)
     assert [step for step, _ in all_checkpoints(tmp_path)] == [2, 4]
+
+
+def test_removal_spares_the_one_that_is_being_written(tmp_path):
+    for step in (1, 2):
+        make(tmp_path, step)
+    make(tmp_path, 4, complete=False)
+    remove_old(tmp_path, keep=2, current=4)
+    assert [step for step, _ in all_checkpoints(tmp_path)] == [2, 4]
+
+
+def test_an_interrupted_removal_leaves_nothing_complete(tmp_path, monkeypatch):
+    for step in (1, 2):
+        make(tmp_path, step)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)
+    remove_old(tmp_path, keep=1, current=2)
+    assert read_marker(tmp_path / "checkpoint-1") is None
+    assert newest_complete(tmp_path)[0].name == "checkpoint-2"
+
+
+def test_a_model_folder_without_its_configuration_is_not_finished(tmp_path):
+    assert not is_finished(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert not is_finished(tmp_path)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert is_finished(tmp_path)
 
 
 def test_other_engine_or_processes(tmp_path):
@@ -217,3 +258,6 @@ def test_same_run(tmp_path):
     check_same_run(old, {"trainer": {"seed": 0, "workers": 0}, "stage": {"lr": {"llm": 1e-5}}}, tmp_path)
     with pytest.raises(ConfigError, match=r"^trainer\.output_dir: .* stage\.lr\.llm \(1e-05 before, 2e-05 now\)"):
         check_same_run(old, {"trainer": {"seed": 0, "workers": 4}, "stage": {"lr": {"llm": 2e-5}}}, tmp_path)
+    for changed in ({"stage": {"lr": {}}}, {"stage": {"lr": {"llm": 1e-5}, "ema_decay": 0.9}}):  # one side alone has it
+        with pytest.raises(ConfigError, match=r"stage\.(lr|ema_decay)"):
+            check_same_run(old, {"trainer": {"seed": 0, "workers": 4}, **changed}, tmp_path)

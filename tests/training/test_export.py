@@ -16,6 +16,7 @@ from skipvision_train.commands.export import Config, run
 from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.checkpoints import CheckpointInfo, mark_complete
+from skipvision_train.training.export import read_state
 from skipvision_train.training.run import run_stage
 
 
@@ -92,6 +93,24 @@ def test_refusals(checkpoint, tmp_path, damage):
     with pytest.raises(error, match=message):
         run(Config(str(checkpoint), str(tmp_path / "out"), dtype))
     assert damage == "output exists" or not (tmp_path / "out").exists()
+
+
+def test_remains_of_a_former_export_are_removed(checkpoint, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "old.txt").write_text("old")
+    run(Config(str(checkpoint), str(tmp_path / "out")))
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / "old.txt").exists()
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors and no shards of DeepSpeed"):
+        read_state(tmp_path, None)
+    with pytest.raises(CheckpointError, match="dtype fp32, but it holds no weights"):
+        read_state(tmp_path, "fp32")
+    save_file({"a": torch.ones(1), "b": torch.ones(1).bfloat16()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="dtype fp32, but it holds bfloat16, float32 and no fp32 masters"):
+        read_state(tmp_path, "fp32")
 
 
 @pytest.mark.distributed

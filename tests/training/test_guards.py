@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import socket
@@ -155,6 +156,38 @@ def test_the_budget_counts_on_behind_a_resume(tmp_path):
         again.skipped(9, [batch])
 
 
+def test_a_run_continues_with_the_count_of_its_checkpoint(tmp_path):
+    first = NonfiniteGuard(9, tmp_path / "n.jsonl", writes=True)
+    for step in (3, 8):
+        first.skipped(step, [BatchLoss(0, None, ("7 of a",))])
+    for step, count in ((2, 0), (3, 1), (7, 1), (8, 2)):
+        again = NonfiniteGuard(9, tmp_path / "n.jsonl", writes=True)
+        again.begin(step)
+        assert again.count == count
+
+
+def test_only_the_writing_process_writes(tmp_path):
+    guard = NonfiniteGuard(1, tmp_path / "n.jsonl", writes=False)
+    guard.begin(0)
+    guard.skipped(1, [BatchLoss(0, None, ("1 of a",))])
+    assert guard.count == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_of_the_guilty_batches_alone_are_named(tmp_path):
+    guard = NonfiniteGuard(0, tmp_path / "n.jsonl", writes=False)
+    batches = [BatchLoss(0, 1.0, ("1 of a",)), BatchLoss(1, None, ("2 of a",)), BatchLoss(3, None, ("3 of a",))]
+    with pytest.raises(TrainingError, match=r"the loss is not finite \(rank 1, 3\); records: 2 of a, 3 of a;"):
+        guard.skipped(1, batches)
+
+
+@pytest.mark.parametrize(("number", "end"), [(16, "15 of a;"), (17, "15 of a and 1 more;")])
+def test_a_message_names_sixteen_records(tmp_path, number, end):
+    guard = NonfiniteGuard(0, tmp_path / "n.jsonl", writes=False)
+    with pytest.raises(TrainingError, match=f"records: 0 of a, .*{end}"):
+        guard.skipped(1, [BatchLoss(0, None, tuple(f"{i} of a" for i in range(number)))])
+
+
 def test_finite_losses_with_a_nonfinite_gradient_name_every_record(tmp_path):
     guard = NonfiniteGuard(0, tmp_path / "n.jsonl", writes=False)
     with pytest.raises(TrainingError, match=r"gradient is not finite though the loss is.*1 of a, 2 of a"):
@@ -169,6 +202,30 @@ def test_a_spike_is_measured_against_the_median(tmp_path):
     deviation = statistics.median(abs(x - statistics.median(before)) for x in before)
     assert scores[5] == pytest.approx(49.0 / (1.4826 * deviation))
     assert spikes.score(1.0) == pytest.approx(-0.05 / (1.4826 * 0.15), abs=1e-6)  # one outlier hardly moves either
+
+
+def test_a_loss_that_hardly_moves_is_measured_in_hundredths():
+    spikes = LossSpikes(window=100, least=3)
+    assert [spikes.score(2.0) for _ in range(4)] == [None, None, None, 0.0]
+    assert spikes.score(2.1) == pytest.approx(5)  # 0.1 over a hundredth of 2
+    nothing = LossSpikes(window=100, least=1)
+    nothing.score(0.0)
+    assert math.isfinite(nothing.score(1e-9))
+
+
+def test_losses_that_are_not_finite_are_not_remembered():
+    spikes = LossSpikes(window=100, least=2)
+    for loss in (1.0, math.nan, math.inf):
+        assert spikes.score(loss) is None
+    spikes.score(1.2)
+    assert spikes.score(1.1) == pytest.approx(0)
+
+
+def test_only_the_last_losses_count():
+    spikes = LossSpikes(window=3, least=3)
+    for loss in (9.0, 9.0, 9.0, 1.0, 1.2, 0.8):
+        spikes.score(loss)
+    assert spikes.score(1.2) == pytest.approx(0.2 / (1.4826 * 0.2))
 
 
 def test_out_of_memory_says_what_to_change():

@@ -105,3 +105,28 @@ def test_what_cannot_be_cut_anew_names_both_numbers(tmp_path):
         universal.convert(tmp_path, 2, 4)
     assert not (tmp_path / universal.FOLDER).exists()
     assert read_marker(tmp_path) is not None
+
+
+def test_remains_of_a_conversion_are_removed_before_and_behind_one(tmp_path, monkeypatch):
+    from deepspeed.checkpoint import ds_to_universal
+
+    remains = tmp_path / universal.FOLDER, tmp_path / universal.LATEST
+    (tmp_path / "latest").write_text("global_step2")
+    found = []
+
+    def begin(options):
+        found.append([path.exists() for path in remains])
+        remains[0].mkdir()
+        remains[1].write_text(universal.FOLDER)
+
+    def fail(options):
+        begin(options)
+        raise OSError("no space")
+
+    monkeypatch.setattr(ds_to_universal, "main", begin)
+    universal.convert(tmp_path, 2, 4)
+    monkeypatch.setattr(ds_to_universal, "main", fail)
+    with pytest.raises(CheckpointError, match="no space"):
+        universal.convert(tmp_path, 2, 4)
+    assert found == [[False, False]] * 2
+    assert not any(path.exists() for path in remains)

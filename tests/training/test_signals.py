@@ -16,7 +16,7 @@ from skipvision_train.training import signals
 from skipvision_train.training.callbacks import read_metrics
 from skipvision_train.training.checkpoints import all_checkpoints, newest_complete
 from skipvision_train.training.run import run_stage
-from skipvision_train.training.signals import AGAIN_SECONDS, Stopped, StopRequest
+from skipvision_train.training.signals import AGAIN_SECONDS, ShieldedWorker, Stopped, StopRequest
 
 
 class SignalAt(TrainerCallback):
@@ -74,6 +74,14 @@ def test_handlers_are_put_back():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert request.number == signal.SIGUSR1
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+
+
+def test_a_worker_still_does_what_it_was_to_begin_with(killed):
+    begun = []
+    ShieldedWorker(begun.append)(3)
+    assert begun == [3]
+    assert {signal.getsignal(number) for number in signals.SIGNALS} == {signal.SIG_IGN}
+    ShieldedWorker(None)(3)
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)

@@ -18,6 +18,7 @@ from skipvision_train.errors import ConfigError
 from skipvision_train.models.build import meta_model
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.callbacks import read_metrics
+from skipvision_train.training.ema import WeightAverage
 from skipvision_train.training.run import assemble, run_stage
 from skipvision_train.training.stages import apply_rates, parameter_groups
 
@@ -117,6 +118,28 @@ def test_the_average_by_hand(make_cfg, tmp_path):
         torch.testing.assert_close(value.double(), average[name], rtol=0, atol=1e-6, msg=name)
     last = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
     assert any(not torch.equal(found[name], last[name]) for name in found)
+
+
+def test_an_average_begins_with_the_weights_or_with_what_was_loaded(tmp_path):
+    """Of the weights that train, in fp32, whatever type they have."""
+    model = torch.nn.Linear(1, 2, bias=True).bfloat16()
+    model.all_tied_weights_keys = {}
+    model.weight.data = torch.tensor([[1.0], [2.0]])
+    model.bias.requires_grad = False
+    average = WeightAverage(model, 0.75)
+    average.on_train_begin(None, None, None)
+    with torch.no_grad():
+        model.weight.add_(4.0)
+    assert average.average["weight"].tolist() == [[1.0], [2.0]]  # no view of what the steps change
+    average.on_step_end(None, None, None)
+    average.save(tmp_path)
+    resumed = WeightAverage(model, 0.75)
+    resumed.load(tmp_path)
+    resumed.on_train_begin(None, None, None)
+    assert {name: value.tolist() for name, value in resumed.average.items()} == {"weight": [[2.0], [3.0]]}
+    found = resumed.replace({"weight": model.weight.bfloat16(), "bias": model.bias})
+    assert (found["weight"].dtype, found["weight"].tolist()) == (torch.bfloat16, [[2.0], [3.0]])
+    assert found["bias"] is model.bias
 
 
 def test_a_checkpoint_without_the_average_is_refused(make_cfg, tmp_path):

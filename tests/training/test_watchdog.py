@@ -69,6 +69,45 @@ def test_progress_starts_the_time_anew(dogs):
     assert not ended
 
 
+def test_entering_starts_the_time_anew(dogs):
+    """What took long before training began is not held against it."""
+    clock, ended, _, _ = dogs
+    first = dogs[2]
+    first.begin("other", 1)
+    clock[0] += 100
+    first.stuck_after = 0.0  # no thread of its own
+    with first:
+        first.stuck_after = 60.0
+        first.look()
+    assert not ended
+
+
+def test_a_file_of_another_process_that_is_half_written_is_left_out(dogs, tmp_path, capfd):
+    clock, ended, first, second = dogs
+    second.look()
+    (tmp_path / "ranks" / "rank-1.json").write_text('{"rank": 1, "ho')
+    first.begin("forward", 1)
+    clock[0] += 61
+    first.look()
+    assert ended == [EXIT_STATUS]
+    assert "rank 1: nothing is known" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_does_not_hide_what_hangs(dogs, tmp_path, capfd):
+    clock, ended, first, _ = dogs
+    first.begin("forward", 1)
+    first.look()
+    first.begin("backward", 2)
+    clock[0] += 61
+    (tmp_path / "ranks" / "rank-0.tmp").mkdir()  # where the next state would be written first
+    (tmp_path / "ranks" / "rank-0.stacks.txt").mkdir()
+    first.look()
+    assert ended == [EXIT_STATUS]
+    said = capfd.readouterr().err
+    assert "backward of step 2 for 61 s" in said  # what it does now, not what it could last write
+    assert "the stacks cannot be written" in said
+
+
 def test_the_thread_ends_with_the_context(tmp_path):
     dog = Watchdog(tmp_path, 0, 1, 1e6)
     with dog:
