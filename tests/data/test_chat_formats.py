@@ -10,6 +10,7 @@ from chat_tokenizers import CONTROL, EXACT, IMAGE, LOSSY, OWN_TEMPLATES, qwen_wo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import LlamaConfig
 
 from skipvision_train.data.messages import chat_template
 from skipvision_train.data.processor import SkipVisionProcessor
@@ -316,7 +317,9 @@ def test_generation_stops_at_the_templates_end(name, processor_for):
         return SimpleNamespace(sequences=sequences, past_key_values=SimpleNamespace(layers=[]))
 
     batch = {"input_ids": torch.tensor([ids_of(processor.tokenizer, "What?")])}
-    assert generate_answers(SimpleNamespace(generate=generate), processor, batch, 3) == ["Paris"]
+    assert generate_answers(
+        SimpleNamespace(generate=generate, config=LlamaConfig(num_hidden_layers=1)), processor, batch, 3
+    ) == ["Paris"]
     assert asked["eos_token_id"] == [processor.end_id] == [processor.pad_id] == [end]
 
 
