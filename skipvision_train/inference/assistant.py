@@ -104,6 +104,7 @@ class Assistant:
 
         Raises:
             PlanError: it does not fit the model; the former one stays.
+            ConfigError: the same of a plan with registers, which the model lacks.
         """
         former = self.plan
         if self._applied is not None:
@@ -120,7 +121,7 @@ class Assistant:
         """Run under ``plan`` inside the block.
 
         Raises:
-            PlanError: it does not fit the model.
+            PlanError, ConfigError: as :meth:`use`.
         """
         former = self.plan
         self.use(plan)

@@ -127,7 +127,7 @@ def choices(assistant: Assistant, files: list[str]) -> dict[str, SkipPlan]:
     """The plans that visitors can choose: ``own``, ``dense``, and files under their names without ``.json``.
 
     Raises:
-        ConfigError: two of the same name.
+        ConfigError: two of the same name, or a plan with registers, which the model lacks.
         PlanError: a file that is no plan, or one that does not fit the model.
     """
     plans = {"own": assistant.own_plan, "dense": dense().bind(assistant.own_plan.num_layers)}
