@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from skipvision_train.errors import PlanError
 from skipvision_train.plans.stages import pick, used_slots
 
-GROWTH = 32
-"""A cache layer that is full moves to memory for a multiple of so many positions."""
+GROWTH = 16
+"""A cache layer that is full moves to memory for one part in so many more than it needs."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -54,7 +54,7 @@ def extended(held: Tensor, new: Tensor) -> Tensor:
     whole = batch * heads * room * width * held.element_size()
     fits = length + added <= room and held.stride() == strides and held.storage_offset() == 0
     if not fits or held.untyped_storage().nbytes() != whole:
-        room = -(-(length + added) // GROWTH) * GROWTH if length else added
+        room = length + added + ((length + added) // GROWTH if length else 0)
         memory = new.new_empty(batch, heads, room, width)
         if length:
             memory[:, :, :length] = held

@@ -1,6 +1,5 @@
 """Answers under plans: batches, chats, streams, sampling, and what a reply says it took."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -134,19 +133,20 @@ def test_a_bank_is_another_models_unless_it_names_this_one(ours, tmp_path):
 def test_evicted_tokens_take_no_memory(ours, pictures, sampling):
     """The cache of every layer holds two tensors of 2 heads of 8 numbers of 4 bytes per position.
 
-    Behind the prompt it grows by 32 positions at a time.
+    It grows by the tokens behind the prompt, and keeps room for a sixteenth more.
     """
     conversation = Conversation().ask("Why?", pictures[:1])
     found = {}
     for plan in (dense(), skip_kv()):
         with ours.under(plan):
             reply = ours.reply(conversation, sampling)
-        evicted = reply.prompt["skipped"] if plan.evict else 0
-        positions = sum(reply.prompt.values()) + reply.tokens - 1 - evicted
-        room = positions if sampling is not SHORT else math.ceil(positions / 32) * 32
+        room = held = sum(reply.prompt.values()) - (reply.prompt["skipped"] if plan.evict else 0)
+        for _ in range(reply.tokens - 1):
+            held += 1
+            room = room if held <= room else held + held // 16
         assert reply.kv_bytes == room * 3 * 2 * 2 * 8 * 4
-        found[plan.name] = room
-    assert found["skip_kv"] <= found["dense"] - (sampling is not SHORT)
+        found[plan.name] = reply.kv_bytes
+    assert found["skip_kv"] < found["dense"]
 
 
 def test_a_chat_is_a_conversation_that_grows(ours, pictures):
