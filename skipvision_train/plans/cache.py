@@ -43,22 +43,23 @@ class GrowingLayer(DynamicLayer):
 def extended(held: Tensor, new: Tensor) -> Tensor:
     """``held`` (B, G, n, D), or empty, with ``new`` (B, G, T, D) behind it: in the memory of ``held`` if it has room.
 
-    Where autograd looks on, which memory that changes would disturb, everything is copied.
+    The memory is (B, room, G, D), so that a step of decoding reads one stretch of it per row. Where autograd looks on,
+    which memory that changes would disturb, everything is copied.
     """
     if new.requires_grad or held.requires_grad or held.is_inference() != torch.is_inference_mode_enabled():
         return torch.cat([held, new], dim=-2)
     batch, heads, added, width = new.shape
     length = held.shape[-2] if held.numel() else 0
-    room = held.stride(1) // width if held.numel() else 0
-    strides = (heads * room * width, room * width, width, 1)
-    whole = batch * heads * room * width * held.element_size()
-    fits = length + added <= room and held.stride() == strides and held.storage_offset() == 0
-    if not fits or held.untyped_storage().nbytes() != whole:
+    position = heads * width
+    room = held.untyped_storage().nbytes() // held.element_size() // (batch * position)
+    strides = (room * position, width, position, 1)
+    is_own = held.stride() == strides and held.storage_offset() == 0
+    if not is_own or length + added > room:
         room = length + added + ((length + added) // GROWTH if length else 0)
-        memory = new.new_empty(batch, heads, room, width)
+        memory = new.new_empty(batch, room, heads, width).transpose(1, 2)
         if length:
             memory[:, :, :length] = held
-        held = memory[:, :, :length]
+        held = memory
     result = held.as_strided((batch, heads, length + added, width), held.stride(), 0)
     result[:, :, length:] = new
     return result
