@@ -34,7 +34,7 @@ def told(records, predictions):
 
 def test_answers_do_not_depend_on_the_batch_size(model, processor, records):
     one = predict(model, processor, records, batch_size=1, max_new_tokens=6)
-    assert len({p.output for p in one}) > len(records) / 3  # otherwise agreement would mean nothing
+    assert len({p.output for p in one}) > len(records) / 2  # otherwise agreement would mean nothing
     for batch_size in (3, 14):
         assert predict(model, processor, records, batch_size, max_new_tokens=6) == one
 
