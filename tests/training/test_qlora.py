@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from interrupted import InterruptAfter, InterruptionError
+from launched import launch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
@@ -57,22 +54,6 @@ def lora(quantize="nf4", double=True, targets="q_proj, down_proj"):
 
 def losses(run):
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
-
-
-def train(workspace, run, processes, *overrides):
-    """``skipvision train`` on some processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}",
-         "-m", "skipvision_train", "train", "--config-dir", str(workspace / "conf"), "experiment=tiny",
-         f"trainer.output_dir={run}", *overrides],
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def written_out(state, weight, shape, values):
@@ -355,11 +336,11 @@ def test_two_processes_stop_and_go_on_with_one(workspace, tmp_path, precision):
     wide = ("model.text.hidden_size=64", "model.text.intermediate_size=128", "trainer.per_device_batch=1")
     options = (*CHOSEN, *wide, "deepspeed=zero2", f"trainer.precision={precision}", "trainer.keep_checkpoints=0")
     alone, run_dir = tmp_path / "alone", tmp_path / "run"
-    train(workspace, alone, 1, *options)
-    train(workspace, run_dir, 2, *options)
+    launch(workspace, alone, *options, processes=1)
+    launch(workspace, run_dir, *options, processes=2)
     shutil.rmtree(run_dir / "model")
     shutil.rmtree(run_dir / "checkpoint-4")
-    train(workspace, run_dir, 1, *options)
+    launch(workspace, run_dir, *options, processes=1)
     assert losses(run_dir) == pytest.approx(losses(alone), rel=1e-5 if precision == "fp32" else 2e-2)
     finished = load_file(run_dir / "model" / "model.safetensors")
     assert {value.dtype for value in finished.values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}

@@ -6,14 +6,12 @@ weights at most 6e-8 (ZeRO-2) and 1.5e-8 (ZeRO-3) apart.
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
+from launched import launch
 from safetensors.torch import load_file
 
 from skipvision_train.errors import CheckpointError
@@ -28,23 +26,6 @@ ENGINES = {
     "zero2": ("deepspeed=zero2",),
     "zero3": ("deepspeed=zero3", "deepspeed.persistence_threshold=0"),
 }
-
-
-def train(workspace, run, processes, *overrides):
-    """``skipvision train`` on some processes; its output, also shown if it fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}",
-         "-m", "skipvision_train", "train", "--config-dir", str(workspace / "conf"), "experiment=tiny",
-         f"trainer.output_dir={run}", *CHANGES, *overrides],
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def distance(run, reference):
@@ -62,12 +43,12 @@ def distance(run, reference):
 def test_a_checkpoint_of_two_processes_continued_by_others(workspace, tmp_path_factory, tmp_path, engine, processes):
     whole = tmp_path_factory.getbasetemp() / f"whole-{engine}"
     if not whole.exists():
-        train(workspace, whole, 2, *ENGINES[engine])
+        launch(workspace, whole, *CHANGES, *ENGINES[engine], processes=2)
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoint-4")
-    output = train(workspace, run, processes, *ENGINES[engine])
+    output = launch(workspace, run, *CHANGES, *ENGINES[engine], processes=processes)
     assert f"start from {run / 'checkpoint-2'}" in output
     assert ("cut anew for" in output) == (engine != "ddp")
     assert not (run / "checkpoint-2" / universal.FOLDER).exists()
