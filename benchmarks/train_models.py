@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from skipvision_train.config.resolve import model_config
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
-from skipvision_train.plans import TokenLayout, dense
+from skipvision_train.plans import dense
 from skipvision_train.plans.layout import IGNORE_INDEX
 from skipvision_train.resources import resource_dir
 from skipvision_train.training.stages import apply_rates, parameter_groups
@@ -121,7 +121,7 @@ class Arrangement:
         cfg: its configuration.
         config: the model's.
         model: with what it trains unfrozen, under the dense plan until :func:`running` says otherwise.
-        batch: what ``forward`` takes, on the model's device.
+        batch: what ``forward`` takes, its tensors on the model's device, its layout on the CPU.
         row: what is in a row of it.
     """
 
@@ -129,7 +129,7 @@ class Arrangement:
     cfg: TrainConfig
     config: SkipVisionConfig
     model: SkipVisionForConditionalGeneration
-    batch: dict[str, Tensor]
+    batch: dict[str, Any]
     row: Row
 
     def flops(self, checkpointing: bool) -> StepFlops:
@@ -142,12 +142,12 @@ class Arrangement:
         return skip_vision_flops(self.config.text_config, counts, self.config.plan_or_dense()).total
 
 
-def make_batch(config: SkipVisionConfig, row: Row, rows: int, device: str) -> dict[str, Tensor]:
+def make_batch(config: SkipVisionConfig, row: Row, rows: int, device: str) -> dict[str, Any]:
     """Equal rows of random tokens and pixels: 35 text tokens, the image, the rest of the text, its end supervised."""
     generator = torch.Generator().manual_seed(0)
     image = config.image_token_kinds(row.tiles)
-    kinds = make_layout(rows, image, row.text).kinds
-    input_ids = torch.randint(config.image_token_id, kinds.shape, generator=generator)
+    layout = make_layout(rows, image, row.text)
+    input_ids = torch.randint(config.image_token_id, layout.kinds.shape, generator=generator)
     input_ids[:, TEXT_BEFORE : TEXT_BEFORE + len(image)] = config.image_token_id
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, -row.supervised :] = input_ids[:, -row.supervised :]
@@ -155,13 +155,11 @@ def make_batch(config: SkipVisionConfig, row: Row, rows: int, device: str) -> di
     batch = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "token_kinds": kinds,
         "labels": labels,
         "pixel_values": torch.randn(rows * row.tiles, 3, size, size, generator=generator),
     }
-    if row.tiles > 1:
-        batch["image_tiles"] = torch.full((rows,), row.tiles)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    tensors = {name: tensor.to(device) for name, tensor in batch.items()}
+    return {**tensors, "token_layout": layout.with_labels(labels), "image_tiles": (row.tiles,) * rows}
 
 
 def make_pair(args: argparse.Namespace, setting: str, rows: int) -> tuple[Arrangement, Arrangement]:
@@ -269,7 +267,7 @@ class Trainer:
 
     def decoder(self, arrangement: Arrangement) -> Sample:
         """Forward and backward pass of the decoder's layers over random embeddings."""
-        layout = TokenLayout.from_kinds(arrangement.batch["token_kinds"].cpu())
+        layout = replace(arrangement.batch["token_layout"], read=None)
         shape = (*layout.kinds.shape, arrangement.config.text_config.hidden_size)
         embeds = torch.randn(shape, device=self.device, dtype=self.weights[0].dtype, requires_grad=True)
         gradient = torch.randn_like(embeds)

@@ -144,7 +144,7 @@ class Ours:
 
 
 def loss_of_all_logits(
-    model: Any, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+    model: Any, hidden: Tensor, labels: Tensor, read: Tensor | None, num_items_in_batch: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
     """As :meth:`SkipVisionForConditionalGeneration._loss`, with logits at every position, as transformers' models."""
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +23,10 @@ from skipvision_train.models.reducer import ReducedImages, Reducer
 from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans.attention import backend_mask
 from skipvision_train.plans.executor import Attachment, attach
-from skipvision_train.plans.layout import IGNORE_INDEX, TokenLayout, answer_starts
+from skipvision_train.plans.layout import TokenLayout, predicting
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
+from skipvision_train.plans.transfer import upload
 
 
 @dataclass
@@ -135,29 +137,35 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def encode_images(
-        self, pixel_values: Tensor, image_tiles: Tensor | None = None, queries: int | None = None
+        self, pixel_values: Tensor, image_tiles: Tensor | Sequence[int] | None = None, queries: int | None = None
     ) -> ReducedImages:
         """Turn images into the language model's visual tokens.
 
         Args:
             pixel_values: (N, 3, S, S) normalised pixels, the tiles of all images one after the other.
-            image_tiles: (I,) int64, tiles per image; None means one each.
+            image_tiles: (I,) int64, or as many numbers, tiles per image; None means one each.
             queries: m of an elastic number of queries; None is ``connector.keep``.
 
         Returns:
             each image's tokens in the order of ``config.image_token_kinds(tiles, queries)``.
         """
-        tiles = None if image_tiles is None else image_tiles.tolist()
+        tiles = image_tiles.tolist() if isinstance(image_tiles, Tensor) else image_tiles
         features = self.vision_tower(pixel_values)
         levels = self.connector(features) if queries is None else self.connector(features, queries)
         reduced: ReducedImages = self.reducer(levels, features.saliency, tiles)
         return reduced
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_tiles: Tensor | None) -> Tensor:
-        """Token embeddings (B, T, C) with visual tokens in the placeholders' places."""
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_tiles: Tensor | Sequence[int] | None,
+        found: int | None = None,
+    ) -> Tensor:
+        """Token embeddings (B, T, C) with visual tokens in the places of the placeholders, ``found`` if known."""
         embeds = self.get_input_embeddings()(input_ids)
         placeholders = input_ids == self.config.image_token_id
-        found = int(placeholders.sum())
+        found = int(placeholders.sum()) if found is None else found
         if pixel_values is None:
             if found:
                 raise ValueError(f"input_ids hold {found} image placeholders but pixel_values is missing")
@@ -179,14 +187,17 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The sum over the tokens of a blank image, for batches without one."""
         size, tiles = self.config.vision_config.image_size, self.config.tiling_config.counts[0]
         blank = embeds.new_zeros(tiles, 3, size, size)
-        return self.encode_images(blank, torch.tensor([tiles])).tokens.sum()
+        return self.encode_images(blank, [tiles]).tokens.sum()
 
     def _elastic_queries(self, placeholders: int, tiles: int) -> int | None:
         """How many queries each tile has where a batch chooses (MQT): the placeholders say it."""
         return placeholders // tiles if isinstance(self.config.connector_config, MqtConfig) else None
 
     def token_kinds(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, image_tiles: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_tiles: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Derive the kind of every position (B, T) from the placeholders, for callers without a processor.
 
@@ -205,7 +216,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"input_ids hold {found} placeholders; an image has {len(pattern)}")
             visual = pattern * images
         else:
-            visual = tuple(k for tiles in image_tiles.tolist() for k in self.config.image_token_kinds(tiles))
+            tile_counts = image_tiles.tolist() if isinstance(image_tiles, Tensor) else image_tiles
+            visual = tuple(k for tiles in tile_counts for k in self.config.image_token_kinds(tiles))
             if found != len(visual):
                 raise ValueError(
                     f"input_ids hold {found} placeholders; the {len(image_tiles)} images have {len(visual)}"
@@ -220,22 +232,24 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         token_kinds: Tensor | None,
-        image_tiles: Tensor | None,
+        image_tiles: Tensor | Sequence[int] | None,
         document_ids: Tensor | None,
     ) -> TokenLayout:
+        """What the caller's tensors say; on the CPU if a plan is attached, else on their device."""
         if token_kinds is None:
             token_kinds = self.token_kinds(input_ids, attention_mask, image_tiles)
         if (generated := input_ids.shape[1] - token_kinds.shape[1]) > 0:
             # generate() without a cache sends the whole sequence again; what it appended is text.
             token_kinds = F.pad(token_kinds, (0, generated), value=int(TokenKind.TEXT))
-        return TokenLayout.from_kinds(token_kinds, document_ids)
+        layout = TokenLayout.from_kinds(token_kinds, document_ids)
+        return layout if self._attachment is None else layout.to("cpu")
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        image_tiles: Tensor | None = None,
+        image_tiles: Tensor | Sequence[int] | None = None,
         token_kinds: Tensor | None = None,
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -243,6 +257,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        token_layout: TokenLayout | None = None,
         **kwargs: Any,
     ) -> SkipVisionOutput:
         """Run the model.
@@ -251,7 +266,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (B, T) int64; the image placeholder stands once per visual token.
             attention_mask: (B, T) or, while decoding, (B, past + T): 1 on real tokens, 0 on padding.
             pixel_values: (N, 3, S, S), the tiles of the images of all rows in order of appearance; None without images.
-            image_tiles: (I,) int64, how many tiles each image has, the global view first; None means one each.
+            image_tiles: (I,) int64 or as many numbers, how many tiles each image has, the global view first; None means
+                one each.
             token_kinds: (B, T) int64 :class:`TokenKind`; derived from ``input_ids`` if missing.
             document_ids: (B, T) int64, each document one run of columns: several samples share a row, none attends to
                 another, positions restart with each, and no first label is predicted. None: a row is one document.
@@ -261,6 +277,9 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: as in transformers: the LM head runs on the last so many positions, 0 for all.
             num_items_in_batch: supervised tokens of the whole global batch; the loss is the sum over this batch divided
                 by it. None divides by this batch's own number.
+            token_layout: instead of ``token_kinds`` and ``document_ids``; of a training batch with what its labels say
+                (:meth:`TokenLayout.with_labels`). On the CPU, and with numbers as ``image_tiles``, no step of a forward
+                pass waits for a GPU.
 
         Returns:
             With ``labels``: ``loss`` and ``token_losses``, no logits (the LM head runs on supervised positions only).
@@ -271,29 +290,28 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             PlanError: packed rows, and an attention implementation that takes no mask.
         """
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        layout, placeholders = token_layout, None
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # nobody reads a cache in training
-            labels = labels if document_ids is None else _within_documents(labels, document_ids)
         if not decoding:
             # Before the images are encoded: what of the layout the CPU needs must not wait for the tower.
-            layout = self._layout(input_ids, attention_mask, token_kinds, image_tiles, document_ids)
-            attention_mask = layout.attention_mask if attention_mask is None else attention_mask
-            position_ids = layout.position_ids if position_ids is None else position_ids
+            if layout is None:
+                layout = self._layout(input_ids, attention_mask, token_kinds, image_tiles, document_ids)
+            else:
+                placeholders = int((~layout.is_kind(frozenset({TokenKind.TEXT, TokenKind.PAD}))).sum())
+            if labels is not None and layout.read is None:
+                layout = layout.with_labels(labels.to(layout.kinds.device))
             if self._attachment is not None:
-                if labels is not None and self._plan.drops:
-                    # In training what is dropped is ranked where an answer begins, not by the answer's last token.
-                    layout = replace(layout, asking=answer_starts(labels))
-                if labels is not None and self._read_supervised:
-                    layout = replace(layout, read=F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1), value=False))
-                kwargs["token_layout"] = layout.to("cpu")
-            elif document_ids is not None:
-                # Not by restarting positions: transformers sees documents in them only without a mask and a cache.
-                text, dtype = self.language_model.config, self.get_input_embeddings().weight.dtype
-                attention_mask = backend_mask(layout.visible(), text._attn_implementation, dtype)
+                kwargs["token_layout"] = layout if self._read_supervised else replace(layout, read=None)
+            else:
+                attention_mask = self._stock_mask(layout, attention_mask, input_ids.device)
+                position_ids = upload(layout.position_ids, input_ids.device) if position_ids is None else position_ids
         elif position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1)[:, -input_ids.shape[1] :].clamp_min(0)
         embeds = (
-            self.get_input_embeddings()(input_ids) if decoding else self._embed(input_ids, pixel_values, image_tiles)
+            self.get_input_embeddings()(input_ids)
+            if decoding
+            else self._embed(input_ids, pixel_values, image_tiles, placeholders)
         )
         outputs = self.language_model.model(
             inputs_embeds=embeds,
@@ -304,7 +322,8 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         hidden, loss, logits, token_losses = outputs.last_hidden_state, None, None, None
         if labels is not None:
-            loss, token_losses = self._loss(hidden, labels, num_items_in_batch)
+            read = None if layout is None else layout.read
+            loss, token_losses = self._loss(hidden, labels, read, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.language_model.lm_head(hidden[:, kept])
@@ -317,13 +336,31 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        """Cross entropy in fp32 over supervised positions, and of each; the LM head sees no other position."""
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        states, head = hidden[:, :-1][supervised], self.language_model.lm_head
-        total, losses = head_losses(head, states, targets[supervised], self._loss_kind)
-        items = supervised.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+    def _stock_mask(self, layout: TokenLayout, attention_mask: Tensor | None, device: torch.device) -> Tensor:
+        """The attention mask of a forward without a plan: padding, or what packed documents see."""
+        if layout.document_ids is None:
+            return upload(layout.attention_mask, device) if attention_mask is None else attention_mask
+        # Not by restarting positions: transformers sees documents in them only without a mask and a cache.
+        text, dtype = self.language_model.config, self.get_input_embeddings().weight.dtype
+        mask: Tensor = backend_mask(layout.to(device).visible(), text._attn_implementation, dtype)
+        return mask
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, read: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy in fp32 of what positions predict, and of each; the LM head sees no other position.
+
+        Args:
+            hidden: (B, T, C).
+            labels: (B, T), on their device.
+            read: (B, T) bool, which positions predict a supervised token; None: as the labels say.
+            num_items_in_batch: as in :meth:`forward`.
+        """
+        read = predicting(labels) if read is None else read
+        index = upload(read.flatten().nonzero()[:, 0], hidden.device)
+        states, targets = hidden.flatten(0, 1).index_select(0, index), labels.flatten().index_select(0, index + 1)
+        total, losses = head_losses(self.language_model.lm_head, states, targets, self._loss_kind)
+        items = max(1, len(index)) if num_items_in_batch is None else num_items_in_batch
         return total / items, losses
 
     def prepare_inputs_for_generation(
@@ -367,12 +404,6 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 rows[-1].append(image)
                 left -= sum(counts) // len(tiles) if elastic else len(self.config.image_token_kinds(image))
         return rows
-
-
-def _within_documents(labels: Tensor, document_ids: Tensor) -> Tensor:
-    """``labels`` (B, T) without the first one of every document: what would predict it belongs to another."""
-    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    return labels.masked_fill(begins, IGNORE_INDEX)
 
 
 AutoModel.register(SkipVisionConfig, SkipVisionForConditionalGeneration, exist_ok=True)

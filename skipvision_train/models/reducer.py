@@ -16,6 +16,7 @@ from skipvision_train.models.merging import merge_tokens
 from skipvision_train.models.selection import partition, top_salient
 from skipvision_train.models.settings import ReducerConfig
 from skipvision_train.models.summary import AdaptiveSummary
+from skipvision_train.plans.transfer import upload
 
 
 class ReducedImages(NamedTuple):
@@ -156,4 +157,4 @@ def _summarise(summary: AdaptiveSummary, tokens: list[Tensor]) -> list[Tensor]:
         return list(summary(torch.stack(tokens)).unbind())
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     padded = pad_sequence(tokens, batch_first=True)
-    return list(summary(padded, mask.to(padded.device)).unbind())
+    return list(summary(padded, upload(mask, padded.device)).unbind())

@@ -18,6 +18,7 @@ from skipvision_train.plans.attention import normed_heads, rotate_rows
 from skipvision_train.plans.layout import TokenLayout, is_kind
 from skipvision_train.plans.rules import Drop, TokenKind
 from skipvision_train.plans.stages import Census, LiveTokens, pick, used_slots
+from skipvision_train.plans.transfer import upload
 
 CORRECTED_HEADS = 14
 """SparseVLM+ averages its scores over this many heads, whatever the model has (its public code)."""
@@ -72,7 +73,7 @@ def asking_tokens(drop: Drop, layout: TokenLayout, census: Census) -> Asking:
 
 def droppable(live: LiveTokens, drop: Drop, layout: TokenLayout) -> Tensor:
     """(B, W) bool: the live tokens that a drop ranks; a document's last token is never one of them."""
-    last = layout.last_tokens().to(live.columns.device).gather(1, live.columns)
+    last = upload(layout.last_tokens(), live.columns.device).gather(1, live.columns)
     return live.real & is_kind(live.kinds, drop.kinds) & ~last
 
 
@@ -91,13 +92,13 @@ def rater_weights(embeds: Tensor, layout: TokenLayout, drop: Drop, asking: Askin
     device = embeds.device
     visual = layout.is_kind(drop.kinds)
     counts = visual.sum(-1).tolist()
-    columns, seen = pick(visual, counts).to(device), used_slots(counts).to(device)
-    used = asking.used.to(device)
+    columns, seen = upload(pick(visual, counts), device), upload(used_slots(counts), device)
+    used = upload(asking.used, device)
 
     def gather(index: Tensor) -> Tensor:
         return embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])).float()
 
-    likeness = gather(columns) @ gather(asking.columns.to(device)).transpose(1, 2)
+    likeness = gather(columns) @ gather(upload(asking.columns, device)).transpose(1, 2)
     likeness = likeness.masked_fill(~used[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     mean = (likeness * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
     above = (mean > mean.sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp_min(1)) & used
@@ -130,11 +131,11 @@ def attention_scores(
         (B, W) fp32; the mean over heads, the weighted sum over the asking tokens.
     """
     device, attention = tokens.device, layer.self_attn
-    grid = live.place.flatten().to(device)
-    columns, used = asking.columns.to(device), asking.used.to(device)
-    same = (live.columns.to(device)[:, None] == columns[..., None]) & live.used.to(device)[:, None]
+    grid = upload(live.place.flatten(), device)
+    columns, used = upload(asking.columns, device), upload(asking.used, device)
+    same = (upload(live.columns, device)[:, None] == columns[..., None]) & upload(live.used, device)[:, None]
     slots = same.int().argmax(-1)  # (B, A), where the asking tokens stand among the live ones
-    askers = live.place.to(device).gather(1, slots).flatten()
+    askers = upload(live.place, device).gather(1, slots).flatten()
 
     normed = layer.input_layernorm(tokens)
     query, key = normed_heads(attention, normed.index_select(0, askers), normed)
@@ -145,15 +146,15 @@ def attention_scores(
     key = key.index_select(0, grid).unflatten(0, (batch, width)).transpose(1, 2).float()
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * attention.scaling
-    allowed = (torch.arange(width, device=device) <= slots[..., None]) & live.real.to(device)[:, None]
+    allowed = (torch.arange(width, device=device) <= slots[..., None]) & upload(live.real, device)[:, None]
     if live.documents is not None:
-        documents = live.documents.to(device)
+        documents = upload(live.documents, device)
         allowed &= documents.gather(1, slots)[..., None] == documents[:, None]
     share = logits.masked_fill(~(allowed | ~used[..., None])[:, None], -torch.inf).softmax(-1)
     weights = used.float() if weights is None else weights
     if corrected is None:
         return (share.mean(1) * weights[..., None]).sum(1)
-    return _corrected(share, weights, corrected.to(device), attention, query_rotary, rotary, grid)
+    return _corrected(share, weights, upload(corrected, device), attention, query_rotary, rotary, grid)
 
 
 def _corrected(

@@ -33,6 +33,7 @@ from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.plans.run import DecodeRun, PlanRun, attention_forward, layer_forward
+from skipvision_train.plans.transfer import upload
 
 
 class Attachment:
@@ -246,17 +247,38 @@ def _prefill(decoder: Any, layout: TokenLayout, call: dict[str, Any]) -> Any:
     """The decoder's forward over a whole layout under the plan."""
     device = _inputs(call).device
     run = _run(decoder, layout, call)
-    # Without padding the stock code needs no mask, and does not have to look at one to find that out.
-    attention_mask = layout.attention_mask.to(device) if (layout.kinds == TokenKind.PAD).any() else None
-    # Layers whose queries are gathered mask by themselves; a (T, T) mask of documents is for the others.
-    if layout.document_ids is not None and run.stock_mask_needed():
+    run.unmasked = decoder.training and call["past_key_values"] is None and _needs_no_mask(decoder, layout, run)
+    attention_mask: Tensor | None
+    if run.unmasked:
+        # Without a mask transformers would look at the positions, with one at its values, and the host would wait for
+        # the device. One of four dimensions it passes on as it is, and layers under a plan do not take it.
+        attention_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
+    elif layout.document_ids is not None and run.stock_mask_needed():
+        # Layers whose queries are gathered mask by themselves; a (T, T) mask of documents is for the others.
         attention_mask = _mask_for(decoder, layout.to(device).visible(), call)
+    else:
+        # Without padding the stock code needs no mask, and does not have to look at one to find that out.
+        has_padding = (layout.kinds == TokenKind.PAD).any()
+        attention_mask = upload(layout.attention_mask, device) if has_padding else None
     if call["position_ids"] is None:
-        call = {**call, "position_ids": layout.position_ids.to(device)}
+        call = {**call, "position_ids": upload(layout.position_ids, device)}
     outputs = decoder._stock_forward(attention_mask=attention_mask, plan_run=run, **call)
     if call["past_key_values"] is not None:
         run.finish(call["past_key_values"])
     return outputs
+
+
+def _needs_no_mask(decoder: Any, layout: TokenLayout, run: PlanRun) -> bool:
+    """Whether stock attention, if it is causal by itself, shows no real token what it must not see.
+
+    Behind the last real token padding is seen by no other, and what it sees itself does not matter in training.
+    """
+    if decoder.config._attn_implementation != "sdpa":
+        return False
+    if layout.document_ids is not None:
+        return not run.stock_mask_needed()
+    real = layout.attention_mask
+    return bool((real[:, :-1] >= real[:, 1:]).all())
 
 
 def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: dict[str, Any]) -> Any:
@@ -269,7 +291,7 @@ def _prefill_in_two(decoder: Any, layout: TokenLayout, leaving: Tensor, call: di
     device, cache, last = _inputs(call).device, call["past_key_values"], layout.kinds.shape[1] - 1
     return_dict = call.pop("return_dict", None)
     if call["position_ids"] is None:
-        call["position_ids"] = layout.position_ids.to(device)
+        call["position_ids"] = upload(layout.position_ids, device)
 
     def part(start: int, stop: int) -> dict[str, Any]:
         per_position = ("input_ids", "inputs_embeds", "position_ids")

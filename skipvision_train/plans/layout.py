@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skipvision_train.plans.rules import Kinds, TokenKind
+from skipvision_train.plans.transfer import upload
 
 IGNORE_INDEX = -100
 """What stands in labels where nothing is supervised."""
@@ -56,6 +58,18 @@ class TokenLayout:
             positions = positions - first.cummax(-1).values
         return cls(kinds, positions.clamp_min(0) * real, document_ids, asking)
 
+    def with_labels(self, labels: Tensor) -> TokenLayout:
+        """The layout of a training batch: what labels say is read of it, and where answers begin.
+
+        Args:
+            labels: (batch, length) int64, -100 where nothing is supervised. Label t is predicted at t - 1, the first
+                one of a document by nothing: what stands before belongs to another.
+        """
+        if self.document_ids is not None:
+            begins = F.pad(self.document_ids[:, 1:] != self.document_ids[:, :-1], (1, 0), value=True)
+            labels = labels.masked_fill(begins, IGNORE_INDEX)
+        return replace(self, read=predicting(labels), asking=answer_starts(labels))
+
     @property
     def attention_mask(self) -> Tensor:
         """(batch, length) int64: 1 on real tokens, 0 on padding."""
@@ -71,7 +85,7 @@ class TokenLayout:
         length = self.kinds.shape[-1]
         column = torch.arange(length, device=real.device).expand_as(real)
         at_or_after = torch.where(real, column, length).flip(-1).cummin(-1).values.flip(-1)
-        following = torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=length)  # the next real token's column
+        following = F.pad(at_or_after[:, 1:], (0, 1), value=length)  # the next real token's column
         is_last = following == length
         if self.document_ids is not None:
             is_last |= self.document_ids.gather(1, following.clamp_max(length - 1)) != self.document_ids
@@ -95,7 +109,7 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """A copy on another device."""
-        return self._each(lambda part: part.to(device))
+        return self._each(lambda part: upload(part, torch.device(device)))
 
     def repeat(self, rows: int) -> TokenLayout:
         """A layout of one row, ``rows`` times."""
@@ -105,6 +119,11 @@ class TokenLayout:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}
         return TokenLayout(**changed)
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """(batch, length) bool: the positions whose hidden state predicts a supervised token, the next one."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1), value=False)
 
 
 def answer_starts(labels: Tensor) -> Tensor:

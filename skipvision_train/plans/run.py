@@ -19,6 +19,7 @@ from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import Drop, Kinds, LayerRule
 from skipvision_train.plans.stages import Census, LayerWork, LiveTokens, layer_work, pick
+from skipvision_train.plans.transfer import upload
 
 # In transformers 5.17 a layer's __call__ checkpoints whatever forward the instance has; in 5.23 the class's forward
 # does it, which an instance forward replaces and so must do itself.
@@ -59,6 +60,9 @@ class PlanRun:
         backend: what computes the attention of a subset of queries.
         rotary_emb: the decoder's ``rotary_emb``: ``(hidden, position_ids) -> cos, sin``.
         visible: (B, T, K) bool for a step onto a filled cache, as in ``select_queries``.
+
+    Attributes:
+        unmasked: whether layers that run their stock code take no mask, whatever the decoder hands them.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class PlanRun:
     ) -> None:
         self.plan, self.layout, self.device = plan, layout, device
         self.backend, self.rotary_emb, self.visible = backend, rotary_emb, visible
+        self.unmasked = False
         self.census = Census(layout)
         self.stretches = [Stretch(-1, LiveTokens.whole(layout), None, None, {})]
         self.asking: dict[int, drops.Asking] = {}
@@ -135,8 +140,8 @@ class PlanRun:
             live, shift = stretch.live, None
             if stretch.positions is not None:
                 real = self.layout.attention_mask.sum(-1)
-                shift = (real - torch.tensor(live.lengths)).to(self.device)
-            columns = live.columns.to(self.device)
+                shift = upload(real - torch.tensor(live.lengths), self.device)
+            columns = upload(live.columns, self.device)
             thin(cache, range(stretch.first_layer, edge), columns, live.used, live.sequence, shift)
 
     def _stretch(self, layer: int) -> Stretch:
@@ -150,10 +155,10 @@ class PlanRun:
             batch, live = hidden.shape[0], stretch.live
             if stretch.positions is None:
                 parts = [part.expand(batch, -1, -1).flatten(0, 1) for part in position_embeddings]
-                rows = live.rows.to(self.device) if live.compact else None
+                rows = upload(live.rows, self.device) if live.compact else None
             else:
-                parts = [part.flatten(0, 1) for part in self.rotary_emb(hidden, stretch.positions.to(self.device))]
-                rows = live.packed.to(self.device)
+                parts = [part.flatten(0, 1) for part in self.rotary_emb(hidden, upload(stretch.positions, self.device))]
+                rows = upload(live.packed, self.device)
             cos, sin = parts if rows is None else (part.index_select(0, rows) for part in parts)
             stretch.rotary = cos, sin
         return stretch.rotary
@@ -191,7 +196,7 @@ class PlanRun:
         rotary = self._rotary(stretch, hidden, position_embeddings)
         tokens = hidden.detach().flatten(0, 1)
         if stretch.live.compact:
-            tokens = tokens.index_select(0, stretch.live.rows.to(self.device))
+            tokens = tokens.index_select(0, upload(stretch.live.rows, self.device))
         ranked = None
         if drop.score == "corrected_raters":
             ranked = drops.droppable(stretch.live, drop, self.layout)
@@ -218,7 +223,7 @@ class PlanRun:
         stays, order, recycled = live.real & ~candidates, None, None
         if scores is not None:
             ranks = drops.ranks(scores, candidates, live.documents)
-            stays |= candidates & (ranks < self._per_token(kept).to(self.device).gather(1, live.columns))
+            stays |= candidates & (ranks < upload(self._per_token(kept), self.device).gather(1, live.columns))
             if drop.recycle:
                 recycled, new, order = drops.recycle(live, candidates, ranks, hidden, drop, *self._per_row(drop, kept))
                 stays |= new
@@ -273,6 +278,8 @@ def layer_forward(
             kwargs["position_embeddings"] = decode_run.rotary[index]
     if plan_run is None:
         return layer._stock_forward(hidden_states, *args, **kwargs)
+    if plan_run.unmasked:
+        kwargs["attention_mask"] = None
     hidden_states, work = plan_run.enter(layer, hidden_states, kwargs["position_embeddings"])
     if work is None:
         return layer._stock_forward(hidden_states, *args, **kwargs)

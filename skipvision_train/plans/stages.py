@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skipvision_train.plans.layout import TokenLayout, is_kind
 from skipvision_train.plans.rules import Drop, Kinds, LayerRule, TokenKind
+from skipvision_train.plans.transfer import upload
 from skipvision_train.plans.visibility import Form, Segments, Sight
 
 
@@ -148,8 +149,10 @@ class LiveTokens:
 
     def to(self, device: torch.device) -> LiveTokens:
         """A copy with its tensors on ``device``."""
-        documents = None if self.documents is None else self.documents.to(device)
-        return replace(self, columns=self.columns.to(device), kinds=self.kinds.to(device), documents=documents)
+        documents = None if self.documents is None else upload(self.documents, device)
+        return replace(
+            self, columns=upload(self.columns, device), kinds=upload(self.kinds, device), documents=documents
+        )
 
     @cached_property
     def used(self) -> Tensor:
@@ -159,7 +162,7 @@ class LiveTokens:
     @cached_property
     def real(self) -> Tensor:
         """(B, W) bool: which slots hold a token that is no padding."""
-        return self.used.to(self.kinds.device) & (self.kinds != TokenKind.PAD)
+        return upload(self.used, self.kinds.device) & (self.kinds != TokenKind.PAD)
 
     @cached_property
     def packed(self) -> Tensor:
@@ -181,7 +184,7 @@ class LiveTokens:
     def rows(self) -> Tensor:
         """(N,) int64, the flat positions ``row * T + column`` of the packed tokens."""
         row = torch.arange(len(self.columns), device=self.columns.device)[:, None]
-        return (self.columns + row * self.sequence).flatten().index_select(0, self.packed.to(row.device))
+        return (self.columns + row * self.sequence).flatten().index_select(0, upload(self.packed, row.device))
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def select_queries(
             that a ranked drop left: which ones they are is known to the device alone.
         documents: how many live tokens the documents of all rows have; None: each row is one.
     """
-    grid = None if live.is_full else live.place.flatten().to(device)
+    grid = None if live.is_full else upload(live.place.flatten(), device)
     everybody = counts == live.lengths
     if everybody:
         width, flat, index = live.used.shape[1], live.packed, None
@@ -243,13 +246,12 @@ def select_queries(
     else:
         places, used = pick(asks, counts), used_slots(counts)
         width, flat = used.shape[1], used.flatten().nonzero()[:, 0]
-        index = live.place.to(places.device).gather(1, places).flatten().index_select(0, flat.to(places.device))
-        index = index.to(device)
+        index = _packed_places(live, places, flat, device)
     is_full = len(flat) == used.numel()
-    slots = None if is_full else flat.to(device)
+    slots = None if is_full else upload(flat, device)
     if visible is not None:
-        visible = visible.to(places.device).gather(1, places[..., None].expand(-1, -1, visible.shape[-1]))
-    sight = Sight(places, used.to(places.device), live.real, live.documents, visible)
+        visible = upload(visible, places.device).gather(1, places[..., None].expand(-1, -1, visible.shape[-1]))
+    sight = Sight(places, upload(used, places.device), live.real, live.documents, visible)
 
     if form == "blocks":
         return Queries(index, slots, width, grid, blocks=sight.blocks(device))
@@ -267,14 +269,18 @@ def select_queries(
     mask = sight.mask()
     if is_full and width == 1 and mask.device.type == "cpu" and mask.all():
         return Queries(index, slots, width, grid, causal=False)
-    return Queries(index, slots, width, grid, mask=mask.to(device))
+    return Queries(index, slots, width, grid, mask=upload(mask, device))
 
 
 def packed_index(live: LiveTokens, mask: Tensor, counts: list[int], device: torch.device) -> Tensor:
     """(M,) int64 on ``device``: the packed places of the slots where ``mask`` (B, W) bool is True, ``counts`` a row."""
-    slots = pick(mask, counts)
-    flat = used_slots(counts).flatten().nonzero()[:, 0].to(slots.device)
-    return live.place.to(slots.device).gather(1, slots).flatten().index_select(0, flat).to(device)
+    return _packed_places(live, pick(mask, counts), used_slots(counts).flatten().nonzero()[:, 0], device)
+
+
+def _packed_places(live: LiveTokens, slots: Tensor, flat: Tensor, device: torch.device) -> Tensor:
+    """(M,) int64 on ``device``: the packed places of ``slots`` (B, Q) where ``flat`` (M,) says that they are used."""
+    places = upload(live.place, slots.device).gather(1, slots).flatten()
+    return upload(places.index_select(0, upload(flat, slots.device)), device)
 
 
 @dataclass(frozen=True)
@@ -335,7 +341,7 @@ def layer_work(
     if any(idle):
         active = [total - off for total, off in zip(tokens, idle, strict=True)]
         ffn = packed_index(live, live.real & ~is_kind(live.kinds, rule.no_ffn), active, device)
-    rows = live.rows.to(device) if live.compact else None
+    rows = upload(live.rows, device) if live.compact else None
     return LayerWork(rows, queries, bypassed, ffn)
 
 
@@ -358,4 +364,4 @@ def _last_work(
     queries = select_queries(live, asks, asks.sum(-1).tolist(), device, visible, form, documents)
     bypassed = index(read & silent) if rule.bypass == "norm" and rule.no_attention else None
     ffn = index(read & ~is_kind(live.kinds, rule.no_ffn))
-    return LayerWork(live.rows.to(device) if live.compact else None, queries, bypassed, ffn)
+    return LayerWork(upload(live.rows, device) if live.compact else None, queries, bypassed, ffn)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipvision_train.plans.transfer import upload
+
 Form = Literal["mask", "segments", "blocks"]
 """``mask``: a tensor of bools. ``segments``: :class:`Segments`. ``blocks``: a ``BlockMask`` of flex attention."""
 
@@ -55,9 +57,9 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """A copy with its tensors on ``device``."""
-        queries = self.cu_seqlens_q.to(device)
-        keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else self.cu_seqlens_k.to(device)
-        index = None if self.key_index is None else self.key_index.to(device)
+        queries = upload(self.cu_seqlens_q, device)
+        keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else upload(self.cu_seqlens_k, device)
+        index = None if self.key_index is None else upload(self.key_index, device)
         return Segments(queries, keys, self.max_q, self.max_k, index)
 
 
@@ -99,10 +101,10 @@ class Sight:
         """The ``BlockMask`` of the same on ``device``, for all heads."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        places, used, real = self.places.to(device), self.used.to(device), self.real.to(device)
-        documents = torch.zeros_like(real) if self.documents is None else self.documents.to(device)
+        places, used, real = (upload(part, device) for part in (self.places, self.used, self.real))
+        documents = torch.zeros_like(real) if self.documents is None else upload(self.documents, device)
         keys = real.shape[1] if self.visible is None else self.visible.shape[-1]
-        visible = torch.zeros(0, 0, 0) if self.visible is None else self.visible.to(device)
+        visible = torch.zeros(0, 0, 0) if self.visible is None else upload(self.visible, device)
 
         def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             same = documents[row, places[row, query]] == documents[row, key]

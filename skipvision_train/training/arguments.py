@@ -54,6 +54,7 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
         save_total_limit=None,  # checkpoints.remove_old does it, after the newest is known to be whole
         dataloader_num_workers=trainer.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         dataloader_prefetch_factor=4 if trainer.workers else None,
         dataloader_persistent_workers=bool(trainer.workers) and not cfg.data.streaming,
         ignore_data_skip=cfg.data.streaming,  # a stream begins where it is told to

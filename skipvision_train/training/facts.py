@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from skipvision_train.data.collate import IGNORED_LABEL
 from skipvision_train.data.processor import Example
+from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import TrainCollator
 
 FACTS = "facts"
-"""Key of a batch; taken out before the model sees it. It holds no tensor, so that nothing moves it to a device."""
+"""Key of a batch; taken out before the model sees it. Nothing looks into it, and so nothing moves it to a device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +28,19 @@ class BatchFacts:
         sources: (N,) int64, the source of every supervised token, row by row: a place in the recipe's list.
         kinds: (samples, number of kinds) int64, tokens of each :class:`TokenKind` of every sample.
         tiles: of every image.
-        places: of the batch's tensors, padding included.
+        layout: of the batch, with what its labels say. On the CPU.
     """
 
     samples: tuple[str, ...]
     sources: NDArray[np.int64]
     kinds: NDArray[np.int64]
     tiles: tuple[int, ...]
-    places: int
+    layout: TokenLayout
+
+    @property
+    def places(self) -> int:
+        """Of the batch's tensors, padding included."""
+        return self.layout.kinds.numel()
 
     @property
     def supervised(self) -> int:
@@ -42,13 +48,13 @@ class BatchFacts:
         return len(self.sources)
 
 
-def batch_facts(samples: Sequence[Example], sources: Sequence[str], places: int) -> BatchFacts:
+def batch_facts(samples: Sequence[Example], sources: Sequence[str], layout: TokenLayout) -> BatchFacts:
     """The facts of a batch.
 
     Args:
         samples: row by row, as the batch holds them.
         sources: names, those of the samples among them.
-        places: of the batch.
+        layout: of the batch, with what its labels say.
     """
     number = {name: place for place, name in enumerate(sources)}
     # The first label of a sample is predicted by nothing.
@@ -60,12 +66,20 @@ def batch_facts(samples: Sequence[Example], sources: Sequence[str], places: int)
             [np.bincount(sample.token_kinds, minlength=len(TokenKind)) for sample in samples], np.int64
         ).reshape(len(samples), len(TokenKind)),
         tiles=tuple(count for sample in samples for count in sample.image_tiles),
-        places=places,
+        layout=layout,
     )
+
+
+def model_inputs(tensors: dict[str, Any], facts: BatchFacts) -> dict[str, Any]:
+    """What the model takes of a batch: its tensors, and from the CPU what decides how the forward pass runs."""
+    tiles = {"image_tiles": facts.tiles} if max(facts.tiles, default=1) > 1 else {}
+    return {**tensors, **tiles, "token_layout": facts.layout}
 
 
 class FactsCollator:
     """A collator whose batches carry their :class:`BatchFacts`; made where the batch is, in the loader's workers.
+
+    What they say is no tensor of the batch: a copy on the GPU would have to be brought back.
 
     Args:
         collator: makes the batch.
@@ -76,8 +90,11 @@ class FactsCollator:
         self.collator, self.sources = collator, tuple(sources)
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        """The collator's batch and its facts."""
+        """The tensors of the collator's batch that the GPU reads, and the batch's facts."""
         rows = self.collator.rows(items)
         batch = self.collator.batch(rows)
         samples = [sample for row in rows for sample in row]
-        return {**batch, FACTS: batch_facts(samples, self.sources, batch["input_ids"].numel())}
+        kinds, documents = batch.pop("token_kinds"), batch.pop("document_ids", None)
+        batch.pop("image_tiles", None)
+        layout = TokenLayout.from_kinds(kinds, documents).with_labels(batch["labels"])
+        return {**batch, FACTS: batch_facts(samples, self.sources, layout)}

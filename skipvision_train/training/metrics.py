@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
+from skipvision_train.plans.transfer import upload
 from skipvision_train.training.facts import BatchFacts
 from skipvision_train.training.work import Work, WorkCounter
 
@@ -100,7 +101,7 @@ class Meter:
 
     def add_losses(self, losses: Tensor, facts: BatchFacts) -> None:
         """The (N,) losses of a micro batch's supervised tokens; nothing waits for them."""
-        places = torch.from_numpy(facts.sources).to(losses.device, non_blocking=True)
+        places = upload(torch.from_numpy(facts.sources), losses.device)
         self._pending_losses.index_add_(0, places, losses.double())
         self._pending_tokens += np.bincount(facts.sources, minlength=len(self.sources))
 

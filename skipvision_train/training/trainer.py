@@ -24,6 +24,7 @@ from skipvision_train.data.processor import SkipVisionProcessor
 from skipvision_train.data.streams import Streams
 from skipvision_train.files import write_json
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.plans.transfer import upload
 from skipvision_train.training.arguments import engine_name, training_arguments
 from skipvision_train.training.batching import BatchArithmetic, EpochStart, StreamStart, TrainCollator
 from skipvision_train.training.callbacks import MetricsFile, ScheduledPlan
@@ -44,7 +45,7 @@ from skipvision_train.training.checkpoints import (
     written_files,
 )
 from skipvision_train.training.ema import WeightAverage
-from skipvision_train.training.facts import FactsCollator
+from skipvision_train.training.facts import FactsCollator, model_inputs
 from skipvision_train.training.feed import Feed
 from skipvision_train.training.guards import explained_memory, poison
 from skipvision_train.training.lora import ADAPTERS, SETTINGS, merged, plain_shapes
@@ -231,8 +232,14 @@ class StageTrainer(Trainer):
         self._loss_before = self._tr_loss.clone()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         mine = sum(facts.supervised for facts in self.watch.take(batches))
-        total = self.accelerator.gather(torch.tensor([mine], device=device)).sum()
+        total = self.accelerator.gather(upload(torch.tensor([mine]), device)).sum()
         return batches, total.clamp_min(1)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in transformers; the copies to a GPU do not wait for it."""
+        device = self.args.device
+        inputs = {name: upload(v, device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        return cast(dict[str, Any], super()._prepare_inputs(inputs))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -253,6 +260,8 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As in transformers; a loss that is not finite makes gradients that are not."""
+        if self.watch.batch is not None:
+            inputs = model_inputs(inputs, self.watch.batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.watch.losses(loss, outputs.token_losses)
         return (poison(loss), outputs) if return_outputs else poison(loss)

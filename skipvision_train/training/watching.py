@@ -93,6 +93,11 @@ class Watch(TrainerCallback):
         self.meter.norms.due = step == 1 or step % trainer.log_every == 0 or step >= self.steps
         return facts
 
+    @property
+    def batch(self) -> BatchFacts | None:
+        """The micro batch whose passes run now."""
+        return self._batch
+
     def next_batch(self) -> None:
         """The forward pass of the next micro batch begins."""
         self._batch = self._queue.popleft()

@@ -22,6 +22,7 @@ from skipvision_train.plans import (
     attach,
     compose,
     dense,
+    fastv,
     ffn_skip,
     find_decoder,
     shortv,
@@ -312,3 +313,28 @@ def test_put_rows_is_index_copy_and_saves_nothing():
     theirs, saved_by_torch = run(lambda tokens, rows, values: tokens.index_copy(0, rows, values))
     assert all(map(torch.equal, ours, theirs))
     assert saved == 0 < saved_by_torch
+
+
+@pytest.mark.parametrize("plan", [dense(), skip_ffn(), vskip([1]), fastv(1)], ids=lambda plan: plan.name)
+@pytest.mark.parametrize(
+    ("rows", "documents"),
+    [
+        (("ttrryss", "tts...."), None),
+        (("..ttrry", "tttrrys"), None),
+        ((".ttrr.t", "tttrry."), None),
+        (("ttrrytt", "tsrtss."), [[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, -1]]),
+    ],
+    ids=["behind", "before", "around", "packed"],
+)
+@pytest.mark.parametrize(("attention", "backend"), [("sdpa", "auto"), ("sdpa", "sdpa"), ("eager", "auto")])
+def test_training_sees_what_inference_sees(kit, rows, documents, plan, attention, backend):
+    """Training leaves out masks that tell nothing; on real tokens the logits are those with a mask."""
+    model = kit.make_model(attn_implementation=attention)
+    layout = kit.layout_of(*rows, documents=documents)
+    real = layout.kinds != TokenKind.PAD
+    with attach(model, plan, backend, even_dense=True):
+        found = [
+            model.train(mode)(kit.ids_for(layout), token_layout=layout, use_cache=False).logits[real]
+            for mode in (False, True)
+        ]
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)

@@ -18,6 +18,7 @@ from skipvision_train.analysis.flops import sequence_flops
 from skipvision_train.data.processor import Example
 from skipvision_train.errors import TrainingError
 from skipvision_train.plans import fastv
+from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import EpochSampler, TrainCollator
 from skipvision_train.training.callbacks import MetricsFile, read_metrics
@@ -102,8 +103,12 @@ def test_facts_of_a_packed_batch(make_cfg, two_sources):
     rows[0] = [None, *rows[0][1:]]
     batch = FactsCollator(parts.collator, ["a", "b"])(rows)
     facts = batch.pop(FACTS)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}  # what a GPU reads
+    batch = parts.collator(rows)
     mask = batch["labels"][:, 1:] != -100
-    assert facts.supervised == int(mask.sum())
+    assert facts.supervised == int(mask.sum()) == int(facts.layout.read.sum())
+    assert torch.equal(facts.layout.kinds, batch["token_kinds"])
+    assert torch.equal(facts.layout.document_ids, batch["document_ids"])
     kinds = torch.bincount(batch["token_kinds"].flatten(), minlength=6)
     kinds[TokenKind.PAD] = 0
     assert facts.kinds.sum(0).tolist() == kinds.tolist()
@@ -121,7 +126,7 @@ def test_facts_by_hand():
     text = [TokenKind.TEXT] * 3
     one = Example([5, 6, 7], [5, -100, 7], text, None, (2,), "0", "b")
     other = Example([5, 6, 7], [-100, 6, 7], text, None, (3, 1), "1", "a")
-    facts = batch_facts([one, other], ["a", "b"], 8)
+    facts = batch_facts([one, other], ["a", "b"], TokenLayout.from_kinds(torch.zeros(2, 4)))
     assert facts.sources.tolist() == [1, 0, 0]
     assert (facts.samples, facts.tiles, facts.places) == (("0 of b", "1 of a"), (2, 3, 1), 8)
 
@@ -177,7 +182,8 @@ def test_a_language_model_with_adapters_costs_what_a_frozen_one_does(make_cfg):
 
 def test_losses_of_a_skipped_step_do_not_count(tiny_config):
     meter = Meter(WorkCounter(tiny_config, ["llm"]), ["a", "b"], ["llm"], torch.device("cpu"))
-    facts = BatchFacts(("0 of a",), np.array([0, 0, 1]), np.zeros((1, len(TokenKind)), np.int64), (), 4)
+    kinds, layout = np.zeros((1, len(TokenKind)), np.int64), TokenLayout.from_kinds(torch.zeros(1, 4))
+    facts = BatchFacts(("0 of a",), np.array([0, 0, 1]), kinds, (), layout)
     for losses, skipped in (([1.0, 2.0, 3.0], False), ([100.0] * 3, True), ([5.0, 6.0, 7.0], False)):
         meter.add_losses(torch.tensor(losses), facts)
         meter.end_step(skipped)
