@@ -36,6 +36,7 @@ from skipvision_train.calibration.scores import STRATEGIES, ScoreTable, strategy
 from skipvision_train.calibration.search import select_layers
 from skipvision_train.errors import DataError
 from skipvision_train.files import read_json
+from skipvision_train.folders import require_whole
 
 PARTS = {"vig": "attention", "vig_ffn": "FFN", "vig_block": "attention and FFN"}
 """Strategies of one criterion that differ in what they switch off."""
@@ -87,11 +88,12 @@ def read_calibration(path: str | Path) -> Calibration:
     """What stands in a calibration's folder, or in a ``vig.json`` alone.
 
     Raises:
-        DataError: a file is missing or holds something else; the message names it.
+        DataError: a file is missing or holds something else, or not all of them were written; the message names it.
     """
     path = Path(path)
     if not path.is_dir():
         return Calibration(**_read(path, _profile))
+    require_whole(path, "calibrate")
     profile = _read(path / "vig.json", _profile)
     depth = len(profile["scores"])
     found = [path / "scores.json", *(path / f"scores_{name}.json" for name in STRATEGIES)]
@@ -163,6 +165,18 @@ def skipped_by_budget(
     return {n: {name: select_layers(values, n) for name, values in scores.items()} for n in budgets}
 
 
+def task_scores(table: ScoreTable) -> dict[str, list[float]]:
+    """Per task its mean score per layer, in alphabetical order; samples that name none come last, as one.
+
+    Empty where no sample names a task: then the mean over all samples says it all.
+    """
+    tasks = sorted(set(table.tasks) - {""})
+    found = {task: table.mean(task).tolist() for task in tasks}
+    if tasks and "" in table.tasks:
+        found["without a task"] = table.mean("").tolist()
+    return found
+
+
 def section(name: str, calibration: Calibration) -> dict[str, Any]:
     """What the template shows of a calibration: ``name``, ``figures``, and the table of its layers."""
     tasks = _task_scores(calibration)
@@ -203,9 +217,9 @@ def _unit(calibration: Calibration) -> str:
 
 
 def _task_scores(calibration: Calibration) -> dict[str, list[float]]:
-    """Per task its mean score per layer under the plan's strategy; none without a table."""
+    """:func:`task_scores` under the plan's strategy; none without a table."""
     main = _main(calibration)
-    return {task or "(no task)": main.mean(task).tolist() for task in sorted(set(main.tasks))} if main else {}
+    return task_scores(main) if main else {}
 
 
 def _intervals(calibration: Calibration) -> list[list[float]]:
@@ -243,7 +257,7 @@ def _asymmetry_figures(calibration: Calibration) -> list[dict[str, str]]:
 def _choice_figures(calibration: Calibration, tasks: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
     """The skip map and the seeds."""
     figures, depth = [], len(calibration.scores)
-    rows = {**tasks, "all": calibration.scores} if len(tasks) != 1 else tasks
+    rows = {**tasks, "all samples": calibration.scores} if len(tasks) != 1 else tasks
     if budgets := budgets_for(depth):
         caption = "The layers of the smallest scores, by their number N."
         chosen = skipped_by_budget(rows, budgets)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from skipvision_train.analysis.calibration_figures import seed_bands, skip_map, transfer_matrix, vig_by_task
-from skipvision_train.analysis.calibration_report import budgets_for, skipped_by_budget
+from skipvision_train.analysis.calibration_report import budgets_for, skipped_by_budget, task_scores
 from skipvision_train.analysis.figures import log_figures, to_png
 from skipvision_train.calibration import search
 from skipvision_train.calibration.bank import BankFacts, PlanBank
@@ -28,7 +28,13 @@ from skipvision_train.plans.rules import TokenKind
 log = logging.getLogger(__name__)
 
 PICTURES = ("vig", "vig_by_task", "skip_map", "seeds", "transfer")
-"""What may be drawn: files of these names belong to a calibration's folder."""
+"""What may be drawn."""
+
+FILES = (
+    *("plan.json", "vig.json", "scores.json", "seeds.json", "transfer.json", "bank/*.json"),
+    *(f"{name}.png" for name in PICTURES),
+)
+"""What may be written."""
 
 
 def chosen_layers(session: Session, plan: SkipPlan) -> list[int]:
@@ -59,9 +65,9 @@ def provenance(session: Session, found: Found, task: str) -> dict[str, Any]:
     }
 
 
-def write(session: Session, found: Found) -> None:
-    """Write everything below ``output``."""
-    cfg, output = session.cfg, Path(session.cfg.output)
+def write(session: Session, found: Found, output: Path) -> dict[str, Figure]:
+    """Write those of :data:`FILES` that this calibration has into an empty folder; the pictures by file name."""
+    cfg = session.cfg
     plans = {task: replace(plan, provenance=provenance(session, found, task)) for task, plan in found.plans.items()}
     universal = plans[UNIVERSAL]
     universal.save(output / "plan.json")
@@ -69,24 +75,16 @@ def write(session: Session, found: Found) -> None:
     facts = {**universal.provenance, "threshold": cfg.budget.threshold, "kl": asdict(found.cost)}
     write_json(output / "vig.json", {**facts, "scores": scores, "layers": layers, "plan": universal.name})
     write_json(output / "scores.json", found.table.to_dict())
-    # The report shows what stands in the folder: what this run did not make must not stay from an earlier one.
-    for name, data in (
-        ("seeds", seeds(session, found.table) if cfg.draws > 1 else None),
-        ("transfer", found.transfer() if cfg.transfer else None),
-    ):
-        if data is None:
-            (output / f"{name}.json").unlink(missing_ok=True)
-        else:
-            write_json(output / f"{name}.json", data)
+    if cfg.draws > 1:
+        write_json(output / "seeds.json", seeds(session, found.table))
+    if cfg.transfer:
+        write_json(output / "transfer.json", found.transfer())
     if cfg.bank:
-        write_bank(session, found.table, plans)
+        write_bank(session, found.table, plans, output / "bank")
     pictures = figures(session, found)
-    for name in PICTURES:
-        (output / f"{name}.png").unlink(missing_ok=True)
     for name, figure in pictures.items():
         (output / f"{name}.png").write_bytes(to_png(figure))
-    if cfg.wandb_project is not None:
-        log_to_wandb(cfg.wandb_project, found, pictures)
+    return pictures
 
 
 def seeds(session: Session, table: ScoreTable) -> dict[str, Any]:
@@ -101,7 +99,7 @@ def seeds(session: Session, table: ScoreTable) -> dict[str, Any]:
     return {"scores": scores.tolist(), "layers": layers, **spread}
 
 
-def write_bank(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan]) -> None:
+def write_bank(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan], path: Path) -> None:
     """One plan per task, and the universal one; ``plans`` know where they come from."""
     cfg = session.cfg
     tasks = {task: plan for task, plan in plans.items() if task != UNIVERSAL}
@@ -115,24 +113,24 @@ def write_bank(session: Session, table: ScoreTable, plans: Mapping[str, SkipPlan
         versions=package_versions(),
         created=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
-    PlanBank.create(Path(cfg.output) / "bank", tasks, plans[UNIVERSAL], facts)
+    PlanBank.create(path, tasks, plans[UNIVERSAL], facts)
 
 
 def figures(session: Session, found: Found) -> dict[str, Figure]:
     """The pictures by file name, of :data:`PICTURES`."""
     table, layers = found.table, chosen_layers(session, found.plans[UNIVERSAL])
-    tasks = {task or "(no task)": table.mean(task).tolist() for task in sorted(set(table.tasks))}
+    tasks = task_scores(table)
     mean, unit = table.mean().tolist(), STRATEGIES[table.strategy].unit
 
     def profile(lines: Mapping[str, list[float]]) -> Figure:
         interval, threshold = table.interval().tolist(), session.cfg.budget.threshold
-        title = f"{table.strategy}, {session.cfg.task or 'all tasks'}"
+        title = f"{table.strategy}, {session.cfg.task or 'all samples'}"
         return vig_by_task(lines, mean, interval, layers, threshold, title=title, unit=unit)
 
     pictures = {"vig": profile({})}
     if len(tasks) > 1:
         pictures["vig_by_task"] = profile(tasks)
-    rows = {**tasks, "all": mean} if len(tasks) > 1 else {"all": mean}
+    rows = {**tasks, "all samples": mean} if len(tasks) > 1 else {"all samples": mean}
     pictures["skip_map"] = skip_map(
         skipped_by_budget(rows, budgets_for(len(mean))), len(mean), title=f"Layers that skip, by {table.strategy}"
     )

@@ -37,7 +37,7 @@ from skipvision_train.calibration.scores import (
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.data.records import Record
 from skipvision_train.errors import ConfigError
-from skipvision_train.files import write_json
+from skipvision_train.files import read_json, write_json
 from skipvision_train.inference.loading import load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
@@ -148,10 +148,10 @@ class Session:
         """The scores of all samples, from all processes; goes on with what an interrupted run has left behind.
 
         Raises:
-            ConfigError: a score that is no number.
+            ConfigError: a score that is no number, or finished layers of another calibration.
         """
         name, base = strategy or self.cfg.strategy.name, base or self.base
-        store = Partial(self._partial, self._key(name, base)) if resume else None
+        store = Partial(self._partial, self._key(name, base), self.cfg.overwrite) if resume else None
         bar = ProgressBar(self.ranks.rank == 0)
         options = SweepOptions(
             image_token_id=self.cfg.image_token_id,
@@ -187,9 +187,11 @@ class Session:
         table = self.score()
         plans = self.choose(table)
         kl = self.divergences(plans if self.cfg.transfer else {UNIVERSAL: plans[UNIVERSAL]})
-        if self.ranks.rank == 0:
-            self._partial.unlink(missing_ok=True)
         return Found(table, plans, kl)
+
+    def forget(self) -> None:
+        """Delete the finished layers, when what was found is written."""
+        self._partial.unlink(missing_ok=True)
 
     @property
     def _partial(self) -> Path:
@@ -300,18 +302,34 @@ def _kinds(model: Any, inputs: Mapping[str, Tensor], image_token_id: int | None)
 
 
 class Partial:
-    """The finished layers of a run that may be interrupted, in a file that names what they belong to."""
+    """The finished layers of a run that may be interrupted, in a file that names what they belong to.
 
-    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
-        self.path, self.key = path, dict(key)
+    Args:
+        path: of the file.
+        key: what they belong to, as JSON values.
+        overwrite: begin anew where the file is another calibration's.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path, self.key, self.overwrite = path, dict(key), overwrite
         self.layers: dict[str, list[float]] = {}
 
     def read(self) -> dict[int, Tensor]:
-        """The finished layers of the same calibration; another one's are left aside."""
+        """The finished layers of the same calibration.
+
+        Raises:
+            ConfigError: they are another one's, and not to be overwritten.
+        """
         if not self.path.is_file():
             return {}
-        found = json.loads(self.path.read_text())
-        if found["key"] != json.loads(json.dumps(self.key)):
+        found = read_json(self.path)
+        key = json.loads(json.dumps(self.key))
+        if differing := [name for name in key if found["key"].get(name) != key[name]]:
+            if not self.overwrite:
+                raise ConfigError(
+                    f"output: {self.path} has finished layers of an interrupted calibration that differs in "
+                    f"{', '.join(differing)}; name another output=..., or begin anew with overwrite=true"
+                )
             log.info("%s belongs to another calibration; starting anew", self.path)
             return {}
         self.layers = found["layers"]

@@ -6,12 +6,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipvision_train.analysis.geometry import Geometry
 from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import ConfigError
+from skipvision_train.files import write_json
+from skipvision_train.folders import ResultsFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARTS = ("flops", "ffn", "similarity", "attention", "bound")
+PICTURES = (
+    "attention_heads",
+    "attention_map",
+    "attention_mass",
+    "error_bound",
+    "ffn_impact",
+    "flops_share",
+    "similarity",
+)
+"""What may be drawn."""
 
 
 @dataclass
@@ -46,6 +57,9 @@ class Config:
     """Seeds the draw."""
     output: str = "???"
     """Folder for ``analysis.json`` and the pictures."""
+    overwrite: bool = False
+    """Replace the results of another configuration that stand in ``output``; without it they are refused. The same
+    configuration is measured again, and its results are replaced."""
     parts: list[str] = field(default_factory=lambda: list(PARTS))
     """Some of flops (Figure 2), ffn (Figure 3), similarity (Figure 5), attention (Figures 7, 8), bound (Sec. 5)."""
     plan: PlanSpec = field(default_factory=lambda: PlanSpec("own"))
@@ -82,15 +96,15 @@ def run(cfg: Config) -> None:
     """Check, load, draw, measure part by part; write ``analysis.json`` and pictures, print the tables."""
     check(cfg)
     from skipvision_train.analysis.figures import to_png
-    from skipvision_train.files import write_json
 
+    folder = ResultsFolder.open("analyze", cfg, ("analysis.json", *(f"{name}.png" for name in PICTURES)))
     analysis, facts = analyse(cfg)
-    output = Path(cfg.output)
-    write_json(output / "analysis.json", {**facts, **analysis.to_dict()})
-    for name, figure in analysis.figures().items():
-        (output / f"{name}.png").write_bytes(to_png(figure))
+    with folder.writing() as output:
+        write_json(output / "analysis.json", {**facts, **analysis.to_dict()})
+        for name, figure in analysis.figures().items():
+            (output / f"{name}.png").write_bytes(to_png(figure))
     sys.stdout.write(analysis.tables() + "\n")
-    log.info("wrote %s", output / "analysis.json")
+    log.info("wrote %s", folder.path / "analysis.json")
 
 
 def check(cfg: Config) -> None:

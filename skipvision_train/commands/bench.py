@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import ConfigError
+from skipvision_train.files import write_text
+from skipvision_train.folders import ResultsFolder
 
 if TYPE_CHECKING:
     from skipvision_train.data.records import Record
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from skipvision_train.inference.assistant import Assistant
 
 log = logging.getLogger(__name__)
+
+FILES = ("bench.json", "bench.md", "tradeoff.png", "tradeoff_latency.png")
+"""What may be written."""
 
 
 @dataclass
@@ -38,6 +42,9 @@ class Config:
     """Directory that the recipe's paths are relative to; null: the recipe file's own folder."""
     output: str = "???"
     """Folder for ``bench.json``, ``bench.md`` and the pictures."""
+    overwrite: bool = False
+    """Replace the results of another configuration that stand in ``output``; without it they are refused. The same
+    configuration is measured again, and its results are replaced."""
     plans: list[Any] = field(default_factory=list)
     """Rows: each a method, a plan file's path, fields of ``conf/plan`` with ``method`` and maybe ``name``, or a list of
     these that hold together. The dense plan and the model's own are always there."""
@@ -89,16 +96,17 @@ def run(cfg: Config) -> None:
     from skipvision_train.evaluation.bench_results import markdown
     from skipvision_train.inference.assistant import Assistant
 
+    folder = ResultsFolder.open("bench", cfg, FILES)
     records = read_questions(cfg)
     assistant = Assistant.open(cfg.checkpoint, device=cfg.device, precision=cfg.precision)
     result = bench(cfg, assistant, records)
-    output = Path(cfg.output)
-    result.save(output / "bench.json")
-    (output / "bench.md").write_text(markdown(result), encoding="utf-8")
-    for name, figure in pictures(result).items():
-        (output / f"{name}.png").write_bytes(to_png(figure))
+    with folder.writing() as output:
+        result.save(output / "bench.json")
+        write_text(output / "bench.md", markdown(result))
+        for name, figure in pictures(result).items():
+            (output / f"{name}.png").write_bytes(to_png(figure))
     sys.stdout.write(markdown(result))
-    log.info("wrote %s", output / "bench.json")
+    log.info("wrote %s", folder.path / "bench.json")
 
 
 def check(cfg: Config) -> None:
@@ -114,8 +122,6 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{name}: {getattr(cfg, name)}; at least 1")
     if (cfg.recipe is None) == (cfg.prompts is None):
         raise ConfigError("recipe: give either recipe=... or prompts=... (a JSONL file)")
-    if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
-        raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     for share in cfg.equal_flops:
         if not 0 < share < 1:
             raise ConfigError(f"equal_flops: {share}; shares of the dense FLOPs, above 0 and below 1")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipvision_train.config.calibration import BudgetSpec, StrategySpec
 from skipvision_train.errors import ConfigError
+from skipvision_train.folders import ResultsFolder
 
 if TYPE_CHECKING:
     from skipvision_train.calibration.session import Session
@@ -53,6 +53,9 @@ class Config:
     """How many layers skip: a file of ``conf/budget`` and its value; half of them if nothing is said."""
     output: str = "???"
     """Folder for ``plan.json``, ``vig.json``, ``scores.json``, pictures and the bank."""
+    overwrite: bool = False
+    """Replace the results of another configuration that stand in ``output``, and the finished layers of an interrupted
+    one; without it they are refused. The same configuration goes on, or is measured again and its results replaced."""
     image_token_id: int | None = None
     """What stands for visual tokens, where the model's configuration does not say it."""
     device: str | None = None
@@ -72,6 +75,7 @@ def run(cfg: Config) -> None:
     from skipvision_train.calibration.ranks import Ranks
     from skipvision_train.calibration.session import Session
 
+    folder = ResultsFolder.open("calibrate", cfg, outputs.FILES)
     records = read_records(cfg)
     ranks = Ranks.start()
     try:
@@ -79,9 +83,13 @@ def run(cfg: Config) -> None:
         log_start(session)
         found = session.run()
         if ranks.rank == 0:
-            outputs.write(session, found)
+            with folder.writing() as output:
+                pictures = outputs.write(session, found, output)
+            session.forget()
+            if cfg.wandb_project is not None:
+                outputs.log_to_wandb(cfg.wandb_project, found, pictures)
             sys.stdout.write(outputs.report(session, found) + "\n")
-            log.info("wrote %s", Path(cfg.output) / "plan.json")
+            log.info("wrote %s", folder.path / "plan.json")
     finally:
         ranks.finish()
 
@@ -102,8 +110,6 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{name}: {getattr(cfg, name)}; at least 1")
     if (cfg.recipe is None) == (cfg.prompts is None):
         raise ConfigError("recipe: give either recipe=... or prompts=... (a JSONL file)")
-    if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
-        raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     if cfg.bank and cfg.task is not None:
         raise ConfigError(f"bank: a bank holds a plan for every task; leave out task={cfg.task}")
     if cfg.universal != "pooled" and not cfg.bank:

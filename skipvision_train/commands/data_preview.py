@@ -41,7 +41,7 @@ class Config(TrainConfig):
 
 
 def run(cfg: Config) -> None:
-    """Draw, encode, write the page, print where it is."""
+    """Draw, encode, write the page, print where it is; with ``dry_run`` only print what is drawn."""
     check(cfg)
     from skipvision_train.analysis.preview_page import PreviewInputs, render_preview
     from skipvision_train.data.preview import draw, summaries
@@ -51,11 +51,14 @@ def run(cfg: Config) -> None:
     recipe = load_recipe(cfg.recipe, cfg.data.root)
     encoder = open_encoder(cfg)
     records = load_streams(recipe) if cfg.data.streaming else load_records(recipe)
-    drawn = draw(records, cfg.samples, cfg.seed, cfg.data.stream_buffer)
+    drawn = list(draw(records, cfg.samples, cfg.seed, cfg.data.stream_buffer))
+    path = Path(cfg.output or f"outputs/data_preview/{recipe.name.replace(':', '_')}.html")
+    if cfg.dry_run:
+        sys.stdout.write(drawing(path, drawn) + "\n")
+        return
     samples = [encoder.sample(sample) for sample in drawn]
     title = f"Samples of {recipe.name}"
     page = render_preview(PreviewInputs(title, facts(cfg, records, encoder), summaries(records, samples), samples))
-    path = Path(cfg.output or f"outputs/data_preview/{recipe.name.replace(':', '_')}.html")
     try:
         write_text(path, page)
     except OSError as error:
@@ -150,6 +153,15 @@ def facts(cfg: Config, records: Mixture | Streams, encoder: Encoder) -> dict[str
     if cfg.data.pack:
         found["packing"] = "training puts several samples into a row; here each stands alone"
     return found
+
+
+def drawing(path: Path, drawn: Sequence[Sample]) -> str:
+    """A line per record that the page would show, and where the page would be."""
+    lines = []
+    for sample in drawn:
+        about = sample.problem if sample.record is None else sample.record.id
+        lines.append(f"{sample.source}, {sample.place}: {' '.join(str(about).split())}")
+    return "\n".join([*lines, f"would write {path}: {len(drawn)} samples"])
 
 
 def summary(path: Path, samples: Sequence[Sample]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipvision_train.config.plans import PlanSpec
 from skipvision_train.errors import ConfigError
+from skipvision_train.folders import ResultsFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +54,9 @@ class Config:
     """Directory that the recipe's paths are relative to; image paths in the result are relative to it as well."""
     output: str = "???"
     """Folder for ``evaluation.json``."""
+    overwrite: bool = False
+    """Replace the results of another configuration that stand in ``output``; without it they are refused. The same
+    configuration is measured again, and its results are replaced."""
     plan: PlanSpec = field(default_factory=lambda: PlanSpec("own"))
     """The plan: a file of ``conf/plan`` and its fields, or a plan file's path; ``own`` is what the checkpoint has."""
     batch_size: int = 16
@@ -80,14 +84,13 @@ def run(cfg: Config) -> None:
     for name in ("batch_size", "max_new_tokens", "timing_samples"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name}: {getattr(cfg, name)}; at least 1")
-    if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
-        raise ConfigError(f"output: {cfg.output} is a file; name a folder")
     from skipvision_train.data.recipes import load_recipe, load_records
     from skipvision_train.evaluation.evaluate import blind_scores, file_images, task_of
     from skipvision_train.evaluation.results import EvaluationResult, Scores
     from skipvision_train.evaluation.tasks import check_targets, with_metric
     from skipvision_train.inference.loading import load_for_inference, package_versions
 
+    folder = ResultsFolder.open("evaluate", cfg, ("evaluation.json",))
     records = with_metric(load_records(load_recipe(cfg.recipe, cfg.data_root)).read_all(), cfg.metric)
     check_targets(records, task_of)
     records = limit_per_task(records, cfg.limit, cfg.seed)
@@ -115,9 +118,10 @@ def run(cfg: Config) -> None:
         seed=cfg.seed,
         versions=package_versions(),
     )
-    result.save(Path(cfg.output) / "evaluation.json")
+    with folder.writing() as output:
+        result.save(output / "evaluation.json")
     sys.stdout.write(table(result) + "\n")
-    log.info("wrote %s", Path(cfg.output) / "evaluation.json")
+    log.info("wrote %s", folder.path / "evaluation.json")
 
 
 def is_mixed(plan: PlanSpec) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -74,33 +75,47 @@ class Part:
 
     def manifest(self) -> dict[str, Any]:
         """What was opened and taken, as plain data."""
-        source, files = self.source, self.store.files()
-        return {
-            "name": source.name,
-            "path": list(source.path),
-            "format": source.format,
-            "image_root": None if source.image_root is None else str(source.image_root),
-            "split": source.split,
-            "task": source.task,
-            "metric": source.metric,
-            "files": len(files),
-            "bytes": sum(file.stat().st_size for file in files),
-            "fingerprint": fingerprint(files),
-            "checksum": list(source.checksum),
-            "records": len(self.store),
-            "chosen": self.selection.distinct,
-            "occurrences": len(self),
-            "take": source.take,
-            "first": source.first,
-            "repeat": source.repeat,
-            "weight": source.weight,
-            "seed": source.seed,
-            "image_first": source.image_first,
-            "follow_links": source.follow_links,
-            "max_malformed": source.max_malformed,
-            "public": source.public,
-            "hash": self.hash,
-        }
+        counts = {"records": len(self.store), "chosen": self.selection.distinct, "occurrences": len(self)}
+        return source_manifest(self.source, self.store.files(), counts, self.hash)
+
+
+def source_manifest(source: Source, files: Sequence[Path], counts: Mapping[str, int], digest: str) -> dict[str, Any]:
+    """A source in a manifest, as plain data.
+
+    Args:
+        source: what the recipe says.
+        files: that it was found in.
+        counts: what was counted in them.
+        digest: the source's ``hash``.
+    """
+    said = {field.name: getattr(source, field.name) for field in fields(source) if field.name != "note"}
+    root = None if source.image_root is None else str(source.image_root)
+    return {
+        **said,
+        "path": list(source.path),
+        "image_root": root,
+        "checksum": list(source.checksum),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "fingerprint": fingerprint(files),
+        **counts,
+        "hash": digest,
+    }
+
+
+def manifest(
+    recipe: str, records: int | None, digest: str, sources: Sequence[Mapping[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """What a recipe's data is, as plain data for ``data.json``: with ``more``, and the versions of packages."""
+    versions = {"skipvision-train": __version__} | {package: version(package) for package in PACKAGES}
+    return {
+        "recipe": recipe,
+        "records": records,
+        **more,
+        "hash": digest,
+        "sources": list(sources),
+        "versions": versions,
+    }
 
 
 class Mixture(Sequence[Record]):
@@ -212,10 +227,4 @@ class Mixture(Sequence[Record]):
         mixture's for its parts. Two runs with the same hash see the same records, unless a file changed in its middle
         and kept its size: ``checksum`` in the recipe excludes that.
         """
-        return {
-            "recipe": self.name,
-            "records": len(self),
-            "hash": self.hash,
-            "sources": [part.manifest() for part in self.parts],
-            "versions": {"skipvision-train": __version__} | {package: version(package) for package in PACKAGES},
-        }
+        return manifest(self.name, len(self), self.hash, [part.manifest() for part in self.parts])

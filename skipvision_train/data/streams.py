@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skipvision_train import __version__
 from skipvision_train.data.formats import Place
-from skipvision_train.data.mixture import PACKAGES
+from skipvision_train.data.mixture import manifest, source_manifest
 from skipvision_train.data.order import mix
 from skipvision_train.data.records import Record, move_image_first
 from skipvision_train.data.sources import Source, fingerprint, verify
@@ -283,14 +281,7 @@ class Streams:
     def manifest(self) -> dict[str, Any]:
         """What this data is, as plain data for ``data.json``; as of a mixture, without what only an index knows."""
         parts = [_manifest(part) | {"share": share} for part, share in zip(self.parts, self.shares, strict=True)]
-        return {
-            "recipe": self.name,
-            "records": None,
-            "streaming": True,
-            "hash": self.hash,
-            "sources": parts,
-            "versions": {"skipvision-train": __version__} | {package: version(package) for package in PACKAGES},
-        }
+        return manifest(self.name, None, self.hash, parts, streaming=True)
 
     def _draws(self, lane: Lane, start: int) -> NDArray[np.intp]:
         """(_DRAWS,): the sources of the lane's positions from ``start`` on."""
@@ -334,24 +325,5 @@ def _manifest(part: SourceStream) -> dict[str, Any]:
     content = fingerprint(files)
     said = replace(source, path=(), image_root=None, checksum=(), public="", note="")
     key = f"{said!r}\0{content}\0{[path for path in source.path if path.startswith(HUB)]}\0{len(part.units)}"
-    return {
-        "name": source.name,
-        "path": list(source.path),
-        "format": source.format,
-        "image_root": None if source.image_root is None else str(source.image_root),
-        "split": source.split,
-        "task": source.task,
-        "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
-        "fingerprint": content,
-        "checksum": list(source.checksum),
-        "units": len(part.units),
-        "take": source.take,
-        "weight": source.weight,
-        "seed": source.seed,
-        "image_first": source.image_first,
-        "follow_links": source.follow_links,
-        "max_malformed": source.max_malformed,
-        "public": source.public,
-        "hash": hashlib.sha256(key.encode()).hexdigest()[:16],
-    }
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return source_manifest(source, files, {"units": len(part.units)}, digest)

@@ -1,8 +1,13 @@
 """Build a model from parts, or start a stage from the previous stage's checkpoint. Strict, with a report.
 
-Weights are copied tensor by tensor into a model that is made without them, so that there is one copy of them in memory
-from the beginning. Only the connector and the position embedding, which change shape, are read before they are copied.
-Every parameter is fp32; half precision in a file is converted, which loses nothing.
+In fp32 weights are copied tensor by tensor into a model that is made without them, so that there is one copy of them in
+memory from the beginning. Only the connector and the position embedding, which change shape, are read before they are
+copied. Half precision in a file is converted, which loses nothing.
+
+In bf16, for an engine that would cast a model to it anyway, the decoder's weights, and all that a stage takes over as
+they are, stay views of their files where those hold bf16 (:meth:`WeightFiles.views`). Everything else is made in fp32,
+as it would be without, and rounded at the end: the model is the one in fp32 rounded, to the bit, and the random numbers
+that new parts start from are the same.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ def build_model(
     vision: Path | None = None,
     vision_architecture: str | None = None,
     connector: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[SkipVisionForConditionalGeneration, LoadReport]:
     """Build a model from a LLaMA-architecture directory, a CLIP checkpoint and a projector; the reducer starts random.
 
@@ -60,6 +66,7 @@ def build_model(
         vision: CLIP checkpoint in any form :func:`read_vision_checkpoint` reads; None for random weights.
         vision_architecture: open_clip name, needed if ``vision`` is a bare weights file.
         connector: weights in any form :func:`read_projector` reads; None for random weights.
+        dtype: of all parameters, float32 or bfloat16; buffers stay as they are.
 
     Returns:
         the model, and what the checkpoints hold beyond it, as ``<part>.<name in the file>``.
@@ -70,7 +77,7 @@ def build_model(
     """
     language_model, report = None, LoadReport()
     if llm is not None:
-        language_model, found = load_language_model(config.text_config, llm)
+        language_model, found = load_language_model(config.text_config, llm, dtype)
         report += found.within("language_model")
     model = SkipVisionForConditionalGeneration(config, language_model)
     if vision is not None:
@@ -78,15 +85,19 @@ def build_model(
         report += found.within("vision_tower")
     if connector is not None:
         report += load_projector(model.connector, read_projector(connector, config)).within("connector")
+    _round(model, dtype)
     return model, report
 
 
-def load_language_model(config: PreTrainedConfig, path: Path) -> tuple[PreTrainedModel, LoadReport]:
-    """A causal LM in fp32 with the weights of a transformers directory.
+def load_language_model(
+    config: PreTrainedConfig, path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, LoadReport]:
+    """A causal LM with the weights of a transformers directory.
 
     Args:
         config: of the LLaMA architecture.
         path: the directory.
+        dtype: of its parameters, float32 or bfloat16.
 
     Raises:
         CheckpointError: no model directory; a tensor is missing or of another shape; the directory holds tensors that
@@ -95,25 +106,27 @@ def load_language_model(config: PreTrainedConfig, path: Path) -> tuple[PreTraine
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; model.llm must be a transformers model directory")
     weights = WeightFiles.open(path)
-    model = empty_language_model(config)
+    model = empty_language_model(config, dtype)
     sources = _sources(model, weights)
     unused = [name for name in weights.tensors if name not in model.state_dict()]
     if unknown := [name for name in unused if not name.endswith(_COMPUTED)]:
         raise CheckpointError(
             f"{path}: holds {len(unknown)} tensors the language model has no place for, first {unknown[0]}"
         )
-    _fill(model, sources, weights, "the language model")
+    _fill(model, sources, weights, "the language model", dtype)
     _check_tied(model, weights)
     return model, LoadReport(unused=tuple(unused))
 
 
-def empty_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal LM in fp32 whose parameters are allocated but not set; its buffers are.
+def empty_language_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM whose buffers are set and whose parameters are not: in fp32 they are allocated, else on "meta".
 
     Unset memory costs nothing until it is written, and random numbers that are overwritten would cost minutes.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if dtype != torch.float32:
+        return model
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
@@ -131,10 +144,35 @@ def _sources(model: PreTrainedModel, weights: WeightFiles) -> dict[str, str]:
     return sources
 
 
-def _fill(model: PreTrainedModel, sources: Mapping[str, str], weights: WeightFiles, part: str) -> None:
-    """Copy stored tensors into a model: name in the model -> name in the files."""
+def _fill(
+    model: PreTrainedModel, sources: Mapping[str, str], weights: WeightFiles, part: str, dtype: torch.dtype
+) -> None:
+    """Copy stored tensors into a model, or put views of them in its parameters' place.
+
+    Args:
+        model: with parameters that :func:`empty_language_model` has not set, and others.
+        sources: name in the model -> name in the files.
+        weights: the files.
+        part: of the model, for messages.
+        dtype: float32 to copy, bfloat16 for views.
+
+    Raises:
+        CheckpointError: they do not fit; the model has not changed then.
+    """
     own = model.state_dict()
-    weights.copy([(stored, own[name]) for name, stored in sources.items()], part)
+    pairs = [(stored, own[name]) for name, stored in sources.items()]
+    if dtype == torch.float32:
+        weights.copy(pairs, part)
+        return
+    weights.check(pairs, part)
+    model.load_state_dict(weights.views(sources, dtype), strict=False, assign=True)
+    model.tie_weights()
+
+
+def _round(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the parameters that are left to their type."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _check_tied(model: PreTrainedModel, weights: WeightFiles) -> None:
@@ -143,23 +181,29 @@ def _check_tied(model: PreTrainedModel, weights: WeightFiles) -> None:
     Raises:
         CheckpointError: they differ, so that one of the two would be lost.
     """
-    own = model.state_dict()
     for copy, original in model.all_tied_weights_keys.items():
         if copy in weights.tensors and original in weights.tensors:
-            stored = weights.read([copy])[copy]
-            if stored.shape != own[original].shape or not torch.equal(stored.to(own[original].dtype), own[original]):
+            stored = weights.read([copy, original])
+            if not torch.equal(*(stored[name].float() for name in (copy, original))):
                 raise CheckpointError(
                     f"{weights.source}: {copy} differs from {original}, but config.json ties them (tie_word_embeddings)"
                 )
 
 
-def start_stage(checkpoint: Path, config: SkipVisionConfig) -> tuple[SkipVisionForConditionalGeneration, LoadReport]:
+def start_stage(
+    checkpoint: Path, config: SkipVisionConfig, dtype: torch.dtype = torch.float32
+) -> tuple[SkipVisionForConditionalGeneration, LoadReport]:
     """Build ``config``'s model with the weights of a previous stage's model directory.
 
     The resampler is scaled level by level and the position embedding interpolated (Chain-of-Sight); other connectors
     are copied. A reducer part that the previous stage did not have starts fresh, one that is no longer wanted is
     dropped; both are reported. Where one scorer for both summary tokens becomes two, both start from it. Registers
     start fresh too, but they are never dropped or changed in number.
+
+    Args:
+        checkpoint: the directory.
+        config: of the model to build.
+        dtype: of all parameters, float32 or bfloat16; buffers stay as they are.
 
     Raises:
         ConfigError: the previous stage was trained with another number of registers (Victor: such a model fails), with
@@ -175,7 +219,7 @@ def start_stage(checkpoint: Path, config: SkipVisionConfig) -> tuple[SkipVisionF
     _check_vision(checkpoint, old, config)
     check_connectors(checkpoint, old, config)
     weights = WeightFiles.open(checkpoint)
-    model = SkipVisionForConditionalGeneration(config, empty_language_model(config.text_config))
+    model = SkipVisionForConditionalGeneration(config, empty_language_model(config.text_config, dtype))
     sources = _stage_sources(model, old.reducer_config, weights)
     used = set(sources.values()) | {POSITION_EMBEDDING}
     unused = [name for name in weights.tensors if name not in used and not name.startswith(OWN_PREFIX)]
@@ -186,8 +230,9 @@ def start_stage(checkpoint: Path, config: SkipVisionConfig) -> tuple[SkipVisionF
         )
     load_projector(model.connector, read_own(weights, old, config))
     _load_positions(model, weights)
-    _fill(model, sources, weights, "the stage")
+    _fill(model, sources, weights, "the stage", dtype)
     _check_tied(model, weights)
+    _round(model, dtype)
     fresh = tuple(n for n in model.state_dict() if n.startswith("reducer.") and n not in sources)
     return model, LoadReport(missing=fresh, unused=tuple(unused))
 

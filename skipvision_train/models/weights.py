@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which tensors their files hold, and copying them into a model one tensor at a time.
+"""Checkpoints on disk: which tensors their files hold, and how they get into a model: one by one, or mapped.
 
 The files of transformers directories (one or sharded, safetensors or ``.bin``) and single ``.safetensors``, ``.bin`` or
 ``.pt`` files. What a file holds is known before anything is read from it, so that a checkpoint that does not fit is
@@ -148,6 +148,42 @@ class WeightFiles:
         for file in dict.fromkeys(self.tensors[name].file for name in wanted):
             with _reader(file, "mmap") as read:
                 state.update({name: read(name) for name in wanted if self.tensors[name].file == file})
+        return state
+
+    def views(self, sources: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Stored tensors in a type, each in memory that it shares with no other: what a model may take as its own.
+
+        What is stored in ``dtype`` stays a view of its file. The mapping is private: pages are read when they are
+        touched, those that nobody writes to are the system's, which all processes of a machine share, and what is
+        written is a copy of the writer's own that no file sees. A file may be renamed or removed while it is mapped,
+        but must not be changed or cut. Other types are converted; torch's bf16 of fp64 is that of its fp32.
+
+        Args:
+            sources: name of a tensor in the model -> stored name, which may come several times.
+            dtype: bfloat16 or float32.
+
+        Returns:
+            name in the model -> contiguous tensor.
+
+        Raises:
+            CheckpointError: a dtype that is no floating-point type of 16 bits or more.
+        """
+        self._check_floats(sources.values())
+        by_file: dict[Path, list[str]] = {}
+        for name, stored in sources.items():
+            by_file.setdefault(self.tensors[stored].file, []).append(name)
+        state: dict[str, Tensor] = {}
+        taken: set[int] = set()
+        for file, inside in by_file.items():
+            with _reader(file, "mmap") as read:
+                for name in inside:
+                    tensor = read(sources[name]).to(dtype).contiguous()
+                    storage = tensor.untyped_storage()
+                    # One source of two parameters; and tensors of a pickled file may lie in one another.
+                    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+                        tensor = tensor.clone()
+                    taken.add(storage.data_ptr())
+                    state[name] = tensor
         return state
 
     def _check_floats(self, names: Iterable[str]) -> None:

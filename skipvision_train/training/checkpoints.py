@@ -26,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.folders import differences, flatten
 
 log = logging.getLogger(__name__)
 
@@ -281,28 +282,14 @@ def is_finished(run: Path) -> bool:
     return (run / FINISHED / "config.json").is_file()
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
     """Refuse to continue a run that was configured to learn something else.
 
     Raises:
         ConfigError: naming the fields that differ, with both values.
     """
-    old, new = flatten(recorded), flatten(now)
-    differ = [key for key in sorted(old.keys() | new.keys()) if key not in HARMLESS and old.get(key) != new.get(key)]
-    if differ:
-        shown = ", ".join(f"{key} ({old.get(key)} before, {new.get(key)} now)" for key in differ[:4])
+    if differing := differences(flatten(recorded), flatten(now), HARMLESS):
         raise ConfigError(
-            f"trainer.output_dir: {run} holds a run of another configuration: {shown}"
-            f"{f' and {len(differ) - 4} more' if len(differ) > 4 else ''}; use another folder or the same configuration"
+            f"trainer.output_dir: {run} holds a run of another configuration: {differing}; use another folder or the "
+            "same configuration"
         )

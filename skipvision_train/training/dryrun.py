@@ -15,13 +15,13 @@ from skipvision_train.analysis.image_flops import image_flops
 from skipvision_train.config.resolve import skipped_layers
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.errors import PlanError
+from skipvision_train.folders import flatten
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.plans.methods import dense
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.training.batching import BatchArithmetic
-from skipvision_train.training.checkpoints import flatten
 from skipvision_train.training.lora import Held, held
 from skipvision_train.training.memory import estimate_memory
 from skipvision_train.training.plan_schedule import PlanSchedule

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from skipvision_train.config.specs import DeepSpeedSpec, TrainConfig
 from skipvision_train.errors import TrainingError
 from skipvision_train.models.configuration import SkipVisionConfig
@@ -32,6 +34,24 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer
 
 
+def engine_casts(precision: str, deepspeed: DeepSpeedSpec | None) -> bool:
+    """Whether an engine holds weights in bf16 and fp32 masters beside them.
+
+    DeepSpeed (0.19.8) casts every parameter to bf16 before anything else (``engine._configure_distributed_model``), and
+    makes its masters of those (``stage_1_and_2.py``, ``stage3.py``). Without DeepSpeed bf16 is autocast over fp32.
+    """
+    return precision == "bf16" and deepspeed is not None
+
+
+def weights_dtype(cfg: TrainConfig) -> torch.dtype:
+    """The type to load a stage's weights in: that which the engine gives them, so that nothing is lost by it.
+
+    Maps that are to hold 4 bits are quantised before there is an engine, from weights as exact as the files have them.
+    """
+    packs = cfg.stage.lora is not None and cfg.stage.lora.quantize is not None
+    return torch.bfloat16 if engine_casts(cfg.trainer.precision, cfg.deepspeed) and not packs else torch.float32
+
+
 def estimate_memory(
     parameters: int,
     trainable: int,
@@ -53,7 +73,7 @@ def estimate_memory(
         processes: number of training processes.
         packed: bytes of weights in 4 bits, which ``parameters`` leave out; every process holds them all.
     """
-    half = precision == "bf16" and deepspeed is not None
+    half = engine_casts(precision, deepspeed)
     stage = 0 if deepspeed is None else deepspeed.stage
     value = 2 if half else 4
     return MemoryEstimate(

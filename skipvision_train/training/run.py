@@ -30,6 +30,7 @@ from skipvision_train.data.recipes import load_recipe, load_records, load_stream
 from skipvision_train.data.streams import Streams
 from skipvision_train.errors import ConfigError, DataError, SkipVisionError
 from skipvision_train.files import write_json, write_text
+from skipvision_train.folders import filled, flatten
 from skipvision_train.models.build import build_model, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
@@ -46,12 +47,12 @@ from skipvision_train.training.checkpoints import (
     CheckpointInfo,
     all_checkpoints,
     check_same_run,
-    flatten,
     is_finished,
     newest_complete,
 )
 from skipvision_train.training.feed import open_feed
 from skipvision_train.training.lora import add_adapters
+from skipvision_train.training.memory import weights_dtype
 from skipvision_train.training.plan_schedule import PlanSchedule
 from skipvision_train.training.ranks import check_started_alike
 from skipvision_train.training.stages import apply_rates
@@ -139,15 +140,11 @@ def find_start(cfg: TrainConfig, run: Path, processes: int) -> str | None:
     if cfg.trainer.resume == "never" and started:
         raise ConfigError(f"trainer.resume: never, but {run} already holds a run; use another trainer.output_dir")
     if started and recorded.is_file():
-        # A field that did not exist when the run began did what its default does.
         before = flatten(yaml.safe_load(recorded.read_text()))
         defaults = flatten(dataclasses.asdict(TrainConfig()))
         if any(key.startswith("stage.lora.") for key in before):
             defaults |= flatten(dataclasses.asdict(LoraSpec()), "stage.lora.")
-        missing = {
-            key: value for key, value in defaults.items() if not any(f"{n}.".startswith(f"{key}.") for n in before)
-        }
-        check_same_run(missing | before, dataclasses.asdict(cfg), run)
+        check_same_run(filled(before, defaults), dataclasses.asdict(cfg), run)
     if is_finished(run):
         return "finished"
     newest = newest_complete(run)
@@ -225,16 +222,17 @@ def open_dataset(cfg: TrainConfig, processor: SkipVisionProcessor) -> tuple[Mixt
 
 
 def open_model(cfg: TrainConfig, config: SkipVisionConfig) -> SkipVisionForConditionalGeneration:
-    """The stage's model with its weights."""
+    """The stage's model with its weights, in the type in which they need the least of the CPU's memory."""
+    dtype = weights_dtype(cfg)
     if cfg.stage.start_from is not None:
-        model, report = start_stage(Path(cfg.stage.start_from), config)
+        model, report = start_stage(Path(cfg.stage.start_from), config, dtype)
     else:
         vision = source_path(cfg.model.vision_weights)
         architecture = cfg.model.vision_architecture
         if vision is not None:
             check_vision_facts(cfg.model, read_vision_checkpoint(vision, architecture).facts, str(vision))
         connector = source_path(cfg.model.connector_weights)
-        model, report = build_model(config, source_path(cfg.model.llm), vision, architecture, connector)
+        model, report = build_model(config, source_path(cfg.model.llm), vision, architecture, connector, dtype)
     log.info("weights: %s", report.summary())
     return model
 

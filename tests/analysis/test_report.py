@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from skipvision_train.analysis import calibration_report
 from skipvision_train.analysis.calibration_report import (
     Calibration,
     budgets_for,
@@ -254,6 +256,25 @@ def test_numbers_of_the_layers(folder):
     assert rows[1]["tasks"] == ["2.00e-02", "5.00e-01"]
     assert rows[0]["interval"] == ["1.9e-01", "4.1e-01"]  # 0.3 and 1.96 * 0.1 / sqrt(3) on both sides
     assert [row["skipped"] for row in rows] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "columns", "rows"),
+    [
+        (("", "", ""), [], ["all samples"]),
+        (("b", "", "b"), ["b", "without a task"], ["b", "without a task", "all samples"]),
+        (("b", "b", "b"), [], ["b"]),
+    ],
+)
+def test_samples_without_a_task(folder, monkeypatch, tasks, columns, rows):
+    (folder / "scores.json").write_text(json.dumps(replace(table(), tasks=tasks).to_dict()))
+    drawn = []
+    monkeypatch.setattr(calibration_report, "skip_map", lambda chosen, *_, **__: drawn.append(chosen) or Figure())
+    shown = section("x", read_calibration(folder))
+    assert shown["columns"] == ["layer", "score", *columns, ""]
+    assert {tuple(chosen) for chosen in drawn[0].values()} == {tuple(rows)}
+    if columns:
+        assert shown["rows"][0]["tasks"] == ["3.50e-01", "2.00e-01"]  # (0.4 + 0.3) / 2, 0.2
 
 
 def test_an_interval_is_shown_for_the_mean_over_samples_alone(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -21,7 +22,8 @@ from skipvision_train.calibration.samples import prompt_samples, read_jsonl
 from skipvision_train.calibration.scores import ScoreTable
 from skipvision_train.calibration.sweep import SweepOptions
 from skipvision_train.cli import run_command
-from skipvision_train.errors import PlanError
+from skipvision_train.errors import DataError, PlanError
+from skipvision_train.evaluation.equal_flops import layer_orders
 from skipvision_train.inference.loading import load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import SkipPlan
@@ -129,7 +131,7 @@ def test_two_processes_give_the_same_numbers_and_the_same_plan(workspace, alone)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=1e-9, rtol=1e-6)
 
 
-def test_transfer_is_the_cost_of_every_tasks_plan_on_every_tasks_samples(workspace, tmp_path):
+def test_transfer_is_the_cost_of_every_tasks_plan_on_every_tasks_samples(workspace, tmp_path, capsys):
     overrides = ["budget=count", "budget.count=2", "transfer=true", "bank=true", "samples=2"]
     run_command("calibrate", arguments(workspace, tmp_path, *overrides))
     matrix, table, bank = json.loads((tmp_path / "transfer.json").read_text()), scores_of(tmp_path), tmp_path / "bank"
@@ -143,9 +145,19 @@ def test_transfer_is_the_cost_of_every_tasks_plan_on_every_tasks_samples(workspa
     captions = [figure["alt"] for figure in section("c", read_calibration(tmp_path))["figures"]]
     assert captions == ["Score per layer and task, c", "Layers that skip, by budget", "Transfer, kl"]
 
-    run_command("calibrate", arguments(workspace, tmp_path, *overrides[:2]))
+    (tmp_path / "scores_shortv.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        run_command("calibrate", arguments(workspace, tmp_path, *overrides[:2]))
+    message = f"output: {tmp_path} holds results of another configuration: bank (True before, False now), samples (2"
+    assert message in capsys.readouterr().err
+    assert json.loads((tmp_path / "transfer.json").read_text()) == matrix
+    run_command("calibrate", arguments(workspace, tmp_path, *overrides[:2], "overwrite=true"))
+    assert (tmp_path / "scores_shortv.json").read_text() == "mine"
+    (tmp_path / "scores_shortv.json").unlink()
     assert read_calibration(tmp_path).transfer is None
-    assert not (tmp_path / "transfer.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("plan.json", "vig.json", "scores.json", "vig.png", "vig_by_task.png", "skip_map.png", "calibrate.run.json")
+    }
 
 
 @pytest.mark.parametrize("positions", ["next", "answer"])
@@ -178,7 +190,7 @@ def test_wandb_gets_the_pictures_and_the_scores(workspace, tmp_path, monkeypatch
     assert b"score/layer_2" in log.read_bytes()
 
 
-def test_a_run_that_was_broken_off_goes_on(workspace, alone, monkeypatch, tmp_path, caplog):
+def test_a_run_that_was_broken_off_goes_on(workspace, alone, monkeypatch, tmp_path, caplog, capsys):
     """One group of layers at a time: the second run finds the first layer finished."""
     monkeypatch.setattr(session, "SweepOptions", partial(SweepOptions, group=1))
     keep = session.Partial.keep
@@ -190,14 +202,40 @@ def test_a_run_that_was_broken_off_goes_on(workspace, alone, monkeypatch, tmp_pa
     monkeypatch.setattr(session.Partial, "keep", stop)
     with pytest.raises(KeyboardInterrupt):
         run_command("calibrate", arguments(workspace, tmp_path / "c"))
-    assert list(json.loads((tmp_path / "c" / "partial.json").read_text())["layers"]) == ["0"]
+    finished = (tmp_path / "c" / "partial.json").read_text()
+    assert list(json.loads(finished)["layers"]) == ["0"]
     monkeypatch.setattr(session.Partial, "keep", keep)
+    with pytest.raises(SystemExit):
+        run_command("calibrate", arguments(workspace, tmp_path / "c", "positions=answer", "seed=1"))
+    assert "that differs in positions, samples; name another output=..., or begin" in capsys.readouterr().err
+    assert (tmp_path / "c" / "partial.json").read_text() == finished
     with caplog.at_level("INFO"):
         run_command("calibrate", arguments(workspace, tmp_path / "c"))
     assert "going on after 1 finished layers" in caplog.text
     # Groups of one share no batch: the rest is rounding.
     torch.testing.assert_close(scores_of(tmp_path / "c").values, scores_of(alone).values, atol=1e-7, rtol=1e-4)
     assert SkipPlan.load(tmp_path / "c" / "plan.json") == SkipPlan.load(alone / "plan.json")
+    assert not (tmp_path / "c" / "partial.json").exists()
+
+
+def test_finished_layers_of_another_calibration_are_left_aside_where_that_is_wanted(tmp_path):
+    session.Partial(tmp_path / "partial.json", {"model": "a", "seed": 0}).keep(3, torch.ones(2))
+    for model, found in (("a", [3]), ("b", [])):
+        store = session.Partial(tmp_path / "partial.json", {"model": model, "seed": 0}, overwrite=True)
+        assert list(store.read()) == found
+    store.keep(1, torch.ones(2))
+    assert list(session.Partial(tmp_path / "partial.json", store.key).read()) == [1]
+
+
+def test_a_calibration_that_was_stopped_while_it_wrote_is_not_read(alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "c")
+    record = json.loads((tmp_path / "c" / "calibrate.run.json").read_text())
+    (tmp_path / "c" / "calibrate.run.json").write_text(json.dumps({**record, "finished": False}))
+    (tmp_path / "c" / "transfer.json").unlink()
+    with pytest.raises(DataError, match="skipvision calibrate was stopped while it wrote these results"):
+        read_calibration(tmp_path / "c")
+    with pytest.raises(DataError, match="skipvision calibrate was stopped"):
+        layer_orders(3, str(tmp_path / "c"))
 
 
 def test_a_bank_holds_a_plan_for_every_task(workspace, tmp_path):

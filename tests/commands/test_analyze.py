@@ -84,17 +84,25 @@ def test_our_model(command, tmp_path, tiny_config):
     assert data["bound"]["theta"] is not None
     assert len(data["samples"]) == 2
     assert out.count("layer ") == 3  # tables by layer
-    assert "log10 bound" in out
+    assert "log10 error  log10 bound" in out
+    assert "measured above Eq. 10 in " in out
     assert len([row for row in out.splitlines() if row.startswith("  window")]) == 0
     assert out.count("window ") == 3
 
-    command(*arguments, "plan=skip_ffn", "parts=[attention]", "evict=true")
+    refused, _, error = command(*arguments, "plan=skip_ffn", "parts=[attention]", "evict=true")
+    assert refused == 1
+    assert error.startswith("error: output: out holds results of another configuration: evict (False before, True now)")
+    assert read(tmp_path) == data
+    command(*arguments, "plan=skip_ffn", "parts=[attention]", "evict=true", "overwrite=true")
     again = read(tmp_path)
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
+        name for name in PICTURES if "attention" in name
+    }
     assert again["attention"]["evicted"]
     assert set(again["attention"]["mass"]["skipped"]["mean"]) == {0.0}
     assert "bound" not in again
 
-    command(*arguments, "plan=skip_ffn", "parts=[ffn]", "dense_impact=true")
+    command(*arguments, "plan=skip_ffn", "parts=[ffn]", "dense_impact=true", "overwrite=true")
     dense = read(tmp_path)["ffn"]
     assert dense["plan"] == "dense"
     skipped, before = dense["impact"]["skipped"]["mean"], data["ffn"]["impact"]["skipped"]["mean"]

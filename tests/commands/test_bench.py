@@ -76,7 +76,12 @@ def test_table_json_and_pictures(command, folder, model):
 
 
 def test_own_plan_is_not_shown_twice_and_times_can_be_left_out(command, folder):
-    status, _, err = command("equal_flops=[0.8,0.6]", "methods=[skip_ffn,vskip]", "timing=false")
+    (folder / "out").mkdir()
+    (folder / "out" / "tradeoff_latency.png").write_text("of an earlier version")
+    given = ("equal_flops=[0.8,0.6]", "methods=[skip_ffn,vskip]", "timing=false")
+    status, _, err = command(*given)
+    assert (status, "output: out holds tradeoff_latency.png, and no bench.run.json says" in err) == (1, True)
+    status, _, err = command(*given, "overwrite=true")
     assert status == 0, err
     names = [row.name for row in BenchResult.load(folder / "out").rows]
     assert names[:2] == ["dense", "own"]

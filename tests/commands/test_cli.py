@@ -11,6 +11,7 @@ import pytest
 from skipvision_train import cli
 from skipvision_train.config.reference import entries, schema_of
 from skipvision_train.errors import ConfigError
+from skipvision_train.resources import resource_dir
 
 
 @pytest.fixture
@@ -288,6 +289,81 @@ def test_mistakes_are_one_line(command, seen, tmp_path, override, message):
     assert error.count("\n") == 1
     assert out == ""
     assert seen == []
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "experiment", "adapters@stage.lora"])
+def test_null_leaves_a_group_out(command, seen, key):
+    status, _, error = command("train", "experiment=table2/sv_cos", "adapters@stage.lora=lora", f"{key}=null")
+    assert (status, error) == (0, "")
+    (cfg,) = seen
+    assert (cfg.deepspeed is None) == (key != "adapters@stage.lora")
+    assert (cfg.stage.lora is None) == (key == "adapters@stage.lora")
+
+
+@pytest.mark.parametrize(("order", "stage"), [(("zero2", "null"), None), (("null", "zero2"), 2)])
+def test_the_last_word_on_a_group_counts(command, seen, order, stage):
+    command("train", "experiment=sv_cos", *(f"deepspeed={choice}" for choice in order))
+    assert [cfg.deepspeed and cfg.deepspeed.stage for cfg in seen] == [stage]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["model=null"],
+            "model: null is no file of conf/model, and it cannot be left out; use one of cos_336, cos_dense",
+        ),
+        (["data=null"], "data: null is no file of conf/data, and it cannot be left out; use one of llava_558k, "),
+        (["connector@model.connector=null"], "connector@model.connector: null is no file of conf/connector, and "),
+        (["experiment=3"], "experiment: 3 is no file of conf/experiment, and experiment=null leaves it out; use one "),
+        (["experiment="], "experiment: '' is no file of conf/experiment, and "),
+        (
+            ["deepspeed=false"],
+            "deepspeed: false is no file of conf/deepspeed, and deepspeed=null leaves it out; use one",
+        ),
+        (["--multirun", "deepspeed=null,zero2"], "deepspeed: null beside other choices; leave deepspeed out in a run "),
+        (["--multirun", "deepspeed=zero2,3"], "deepspeed: 3 is no file of conf/deepspeed"),
+    ],
+)
+def test_what_no_group_can_be(command, seen, arguments, message):
+    status, _, error = command("train", *arguments)
+    assert (status, seen) == (1, [])
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_null_is_what_a_group_of_another_command_may_be(command, checks):
+    assert command("data", "check", "sv_1m", "model=null", "plan=null")[0] == 0
+    assert checks[0].model is None
+
+
+@pytest.mark.parametrize("choice", ["table5/5_sf_ls_lv", "table5", "sv_llava/100", "5_sf_ls_lv"])
+def test_a_wrong_row_of_a_table(command, seen, choice):
+    status, _, error = command("train", f"experiment={choice}")
+    assert (status, seen) == (1, [])
+    assert error.startswith(f"error: experiment: no configuration named '{choice}'")
+    assert error.count("\n") == 1
+    rows = {f"table5/{file.stem}" for file in (resource_dir("conf") / "experiment/table5").iterdir()}
+    listed = set(error.strip().rpartition(" has ")[2].split(", "))
+    if choice.startswith("table5"):
+        assert listed == rows
+    if choice.endswith("5_sf_ls_lv"):
+        assert "; did you mean 'table5/05_sf_ls_lv'" in error
+    if choice == "sv_llava/100":
+        assert "and no folder sv_llava; did you mean 'sv_llava' or " in error
+        assert " has " not in error
+
+
+def test_files_of_a_folder_of_ones_own_are_known(command, seen, tmp_path):
+    (tmp_path / "mine/experiment/rows").mkdir(parents=True)
+    (tmp_path / "mine/experiment/rows/first.yaml").write_text("# @package _global_\n")
+    for arguments in (["--config-dir", "mine"], ["--config-dir=mine"]):
+        status, _, error = command("train", *arguments, "experiment=rows/firts")
+        assert (status, seen) == (1, [])
+        assert error == (
+            "error: experiment: no configuration named 'rows/firts'; did you mean 'rows/first'?; "
+            "experiment/ has rows/first\n"
+        )
 
 
 def test_a_typo_in_a_file_names_the_field(command, seen, tmp_path):

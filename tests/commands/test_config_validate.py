@@ -91,6 +91,46 @@ def test_rule(cfg, path, value, message):
         validate(cfg, 1)
 
 
+QUERIES = [16, 256, 1024]
+LEFT = (
+    r"^model\.connector\.type: {0}, with {1} of connector resampler: .*; take one that does not, such as "
+    r"experiment=llava connector@model\.connector={0}$"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            {"type": "mqt", "queries": QUERIES, "keep": 256, "windows": [32, 4, 2]},
+            LEFT.format("mqt", r"queries=\[16,256,1024\] and windows=\[32,4,2\]"),
+        ),
+        ({"type": "mlp", "queries": QUERIES}, LEFT.format("mlp", r"queries=\[16,256,1024\]")),
+        ({"type": "resampler", "pool": 2}, r"type: resampler, with pool=2 of connector mlp: .*, such as model=sv_cos$"),
+        ({"type": "resampler", "queries": 16}, r"^model\.connector\.queries: .*; the fields are windows, queries"),
+        ({"type": "mqt", "windows": [4], "pool": 2}, r"^model\.connector\.(windows|pool): .*; the fields are queries"),
+    ],
+)
+def test_keys_of_another_connector(cfg, kind, message):
+    cfg.model.connector = kind
+    with pytest.raises(ConfigError, match=message):
+        validate(cfg, 1)
+
+
+def test_saliency_needs_a_block_to_rank_by(cfg):
+    cfg.model = ModelSpec(
+        vision=VisionSpec(image_size=336, depths=[0]),
+        connector={"type": "mlp"},
+        reducer=ReducerSpec(split="saliency", retain=100, local_keep=156, former_over="retained"),
+    )
+    with pytest.raises(ConfigError, match=r"^model\.vision\.depths: \[0\] ends with the embedding output"):
+        validate(cfg, 1)
+    cfg.model.reducer.retain_by = "similarity"
+    validate(cfg, 1)
+    cfg.model.reducer.retain_by, cfg.model.vision.depths = "attention", [1]
+    validate(cfg, 1)
+
+
 def test_plan_deeper_than_the_model(cfg, tmp_path):
     skip_ffn().bind(40).save(tmp_path / "plan.json")
     cfg.plan = PlanSpec("file", path=str(tmp_path / "plan.json"))

@@ -231,6 +231,25 @@ def test_seed_and_samples(command, checkpoint, tmp_path):
     assert chosen[0] != chosen[2]
 
 
+def test_a_dry_run_says_what_the_page_would_show(command, checkpoint, tmp_path):
+    checkpoint()
+    entries = [chat("q", f"a {i}", id=f"id\n{i}") for i in range(8)] + [{"id": "no turns"}]
+    (tmp_path / "chats.json").write_text(json.dumps(entries))
+    arguments = ("mine.yaml", "checkpoint=model", "samples=4", "seed=3", "output=page.html")
+    status, out, _ = command(*arguments, "--dry-run")
+    *lines, last = out.splitlines()
+    assert (status, last) == (0, "would write page.html: 5 samples")
+    assert {path.name for path in tmp_path.glob("*.html")} | {path.name for path in tmp_path.glob("outputs")} == set()
+    command(*arguments)
+    shown_there = [article["text"].split() for article in Page((tmp_path / "page.html").read_text()).articles]
+    assert [line.split(": ")[1].split()[:2] for line in lines if "id " in line] == [
+        words[:2] for words in shown_there if words[0] == "id"
+    ]
+    assert all(line.startswith(("chats <script>, record ", "few, record ")) for line in lines)
+    (problem,) = [line for line in command(*arguments, "samples=9", "--dry-run")[1].splitlines() if "record 8" in line]
+    assert "conversations" in problem
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -164,6 +165,21 @@ def test_mistakes_are_named(command, changes, error, message, settings, tmp_path
     with pytest.raises(error, match=message):
         command.run(command.Config(**values))
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_configuration_are_kept(settings, tmp_path, capsys):
+    cfg = evaluate.Config(**settings, output=str(tmp_path / "out"), limit=1, max_new_tokens=1)
+    evaluate.run(cfg)
+    before = (tmp_path / "out" / "evaluation.json").read_bytes()
+    other = replace(cfg, limit=2, plan=PlanSpec("dense"))
+    with pytest.raises(ConfigError, match=r"limit \(1 before, 2 now\), plan.method \(own before, dense now\);"):
+        evaluate.run(other)
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
+    evaluate.run(replace(cfg, batch_size=1))  # measured again
+    evaluate.run(replace(other, overwrite=True))
+    result = EvaluationResult.load(tmp_path / "out" / "evaluation.json")
+    assert (len(result.predictions), result.plan.is_dense) == (8, True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluate.run.json"}
 
 
 def test_plan_of_another_depth(settings, tmp_path):

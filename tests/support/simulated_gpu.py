@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from skipvision_train.plans import backends
 
 aten = torch.ops.aten
+REAL_TENSOR = torch.tensor
 SIZE_BY_VALUE = {
     aten.nonzero.default,
     aten.masked_select.default,
@@ -45,6 +46,14 @@ class OnGpu(Tensor):
         )
         made.inner = inner
         return made
+
+    def tolist(self):
+        """C code that would look for the memory."""
+        return self.cpu().tolist()
+
+    def numpy(self, *, force=False):
+        """The same."""
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -125,12 +134,18 @@ class SimulatedGpu(TorchDispatchMode):
                 self._note("a mask as an index")
 
 
+def _new_tensor(data, *, device=None, **kwargs):
+    """In the place of ``torch.tensor``, which makes tensors without asking anybody."""
+    return REAL_TENSOR(data, **kwargs) if device is None else REAL_TENSOR(data, **kwargs).to(device)
+
+
 @contextmanager
 def simulated_gpu():
     """A :class:`SimulatedGpu` of compute capability 9.0, with torch's packed attention, in fp32 too."""
     torch._C._ensureCUDADeviceGuardSet()  # one that does nothing where there is no driver
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with pytest.MonkeyPatch.context() as patch, SimulatedGpu() as gpu:
+        patch.setattr(torch, "tensor", _new_tensor)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(backends, "PACKED_DTYPES", (torch.float32, *backends.PACKED_DTYPES))

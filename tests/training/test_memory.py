@@ -17,6 +17,7 @@ def test_activations_against_what_autograd_keeps(make_cfg, checkpointing):
     )  # fmt: skip
     parts = assemble(cfg)
     parts.model.train()
+    parts.model.train_with("plain", read_supervised=False)  # the estimate is of whole layers
     batch = parts.collator([parts.feed.dataset[i] for i in range(2)])
     weights = {p.untyped_storage().data_ptr() for p in parts.model.parameters()}
     kept: dict[int, int] = {}
