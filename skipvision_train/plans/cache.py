@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from skipvision_train.errors import PlanError
 from skipvision_train.plans.stages import pick, used_slots
+from skipvision_train.plans.transfer import upload
 
 GROWTH = 16
 """A cache layer that is full moves to memory for one part in so many more than it needs."""
@@ -197,7 +198,7 @@ def thin(
         shift: (batch,) int64, as in :class:`EvictedLayer`.
     """
     padded = not bool(used.all())
-    columns = columns.masked_fill(~used.to(columns.device), -1)
+    columns = columns.masked_fill(~upload(used, columns.device), -1)
     held: list[Any] = cache.layers
     for i in layers:
         held[i] = EvictedLayer(held[i].keys, held[i].values, columns, prompt_length, padded, shift)
@@ -218,25 +219,27 @@ def evict(cache: DynamicCache, keep: Tensor) -> None:
     if cache.get_seq_length() != keep.shape[-1]:
         raise PlanError(f"KV cache: holds {cache.get_seq_length()} positions, the eviction is for {keep.shape[-1]}")
     whole = torch.arange(keep.shape[-1], device=keep.device).expand_as(keep)
-    done: dict[int, tuple[Tensor, Tensor, bool]] = {}
+    done: dict[tuple[int, torch.device], tuple[Tensor, Tensor, bool]] = {}
     layers: list[Any] = cache.layers
     for i, layer in enumerate(layers):
         columns, shift = (layer.columns, layer.shift) if isinstance(layer, EvictedLayer) else (whole, None)
-        if id(columns) not in done:
-            done[id(columns)] = _staying(columns, keep)
-        slots, left, padded = done[id(columns)]
-        index = slots.to(layer.keys.device)[:, None, :, None].expand(-1, layer.keys.shape[1], -1, -1)
+        made = id(columns), layer.keys.device
+        if made not in done:  # layers that hold the same share their tensors, which steps of decoding tell them by
+            slots, left, padded = _staying(columns, keep)
+            done[made] = upload(slots, layer.keys.device), upload(left, layer.keys.device), padded
+        slots, left, padded = done[made]
+        index = slots[:, None, :, None].expand(-1, layer.keys.shape[1], -1, -1)
         keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
         values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[-1]))
-        layers[i] = EvictedLayer(keys, values, left.to(keys.device), keep.shape[-1], padded, shift)
+        layers[i] = EvictedLayer(keys, values, left, keep.shape[-1], padded, shift)
 
 
 def _staying(columns: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Of the slots that hold ``columns``: which stay (B, K), what they hold (-1: unused), and whether any is unused."""
-    stays = keep.to(columns.device).gather(1, columns.clamp_min(0)) & (columns >= 0)
+    stays = upload(keep, columns.device).gather(1, columns.clamp_min(0)) & (columns >= 0)
     counts = stays.sum(-1).tolist()
     slots = pick(stays, counts)
-    used = used_slots(counts).to(columns.device)
+    used = upload(used_slots(counts), columns.device)
     return slots, columns.gather(1, slots).masked_fill(~used, -1), not bool(used_slots(counts).all())
 
 

@@ -6,6 +6,7 @@ memory that is not pinned. On a real GPU ``torch.cuda.set_sync_debug_mode`` note
 torch's autograd asks the driver for streams.
 """
 
+import contextlib
 import traceback
 from contextlib import contextmanager
 
@@ -50,6 +51,12 @@ class OnGpu(Tensor):
     def tolist(self):
         """C code that would look for the memory."""
         return self.cpu().tolist()
+
+    def __repr__(self, **_):
+        return f"OnGpu({self.cpu()})"
+
+    def __format__(self, spec):
+        return repr(self)
 
     def numpy(self, *, force=False):
         """The same."""
@@ -136,7 +143,8 @@ class SimulatedGpu(TorchDispatchMode):
 
 def _new_tensor(data, *, device=None, **kwargs):
     """In the place of ``torch.tensor``, which makes tensors without asking anybody."""
-    return REAL_TENSOR(data, **kwargs) if device is None else REAL_TENSOR(data, **kwargs).to(device)
+    made = REAL_TENSOR(tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, OnGpu) else leaf, data), **kwargs)
+    return made if device is None else made.to(device)
 
 
 @contextmanager
@@ -157,3 +165,10 @@ def simulated_gpu():
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(before)
             backends.select_backend.cache_clear()
+
+
+@contextmanager
+def a_gpu():
+    """A real GPU where there is one, else a simulated one: the device ``cuda`` either way."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else simulated_gpu():
+        yield
