@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from skipvision_train.analysis.figures import LIGHT, Theme, label_axes, legend_below, new_figure, style_axes
 from skipvision_train.analysis.paper_figures import SERIES
@@ -146,7 +146,9 @@ def attention_heads(
         title: above the panels.
     """
     each = max(0.66, 0.3 + 0.16 * len(tokens))
-    figure = _map_figure(theme, 0.9 + each * len(layers), span, title or "Attention of generated tokens, single heads")
+    figure = _map_figure(
+        theme, 0.9 + each * len(layers), span, title or "Attention of single heads, a row per generated token"
+    )
     strips, axes = _map_axes(figure, theme, len(layers), len(heads), each)
     norm = _norm([rows for row in panels for rows in row])
     for strip, head in zip(strips, heads, strict=True):
@@ -155,7 +157,7 @@ def attention_heads(
     places = ((i, k) for i in range(len(layers)) for k in range(len(heads)))
     image: Any = None
     for (i, k), own in zip(places, axes, strict=True):
-        image = _heat(own, panels[i][k], span, theme, norm)
+        image = _heat(own, panels[i][k], span, theme, norm, 1.5 / len(heads))  # a single position stays visible
         own.tick_params(labelbottom=i == len(layers) - 1, labelsize=8)
         own.set_yticks(range(len(tokens)), [_shown(token) for token in tokens] if k == 0 else [""] * len(tokens))
         if k == 0:
@@ -168,8 +170,8 @@ def attention_heads(
 
 
 def _shown(token: str) -> str:
-    """A token as a label: white space made visible, cut at ten characters; ``$`` would begin a formula."""
-    text = token.replace("\n", "\\n").strip() or "␣"
+    """A token as a label: what has no glyph made visible, cut at ten characters; ``$`` would begin a formula."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in token).strip() or "␣"
     text = text if len(text) <= 10 else text[:9] + "…"
     return text.replace("$", r"\$")
 
@@ -209,17 +211,23 @@ def _kind_strip(axes: Axes, span: ImageSpan, theme: Theme) -> None:
 def _norm(panels: Sequence[Sequence[Sequence[float]]]) -> LogNorm:
     positive = [value for rows in panels for row in rows for value in row if value > 0]
     top = max(positive, default=1.0)
-    return LogNorm(min(max(min(positive, default=0.0), top * 10**-DECADES), top / 2), top, clip=True)
+    low = max(min(positive, default=0.0), top * 10**-DECADES)
+    if low > top / 2:  # weights that are nearly equal get the middle of the colours, not all the darkest
+        middle = math.sqrt(low * top)
+        low, top = middle / math.sqrt(2), middle * math.sqrt(2)
+    return LogNorm(low, top, clip=True)
 
 
-def _heat(axes: Axes, rows: Sequence[Sequence[float]], span: ImageSpan, theme: Theme, norm: LogNorm) -> Any:
-    """A map with row 0 on top, and gaps where the kind changes."""
+def _heat(
+    axes: Axes, rows: Sequence[Sequence[float]], span: ImageSpan, theme: Theme, norm: LogNorm, gap: float = 1.5
+) -> Any:
+    """A map with row 0 on top, and gaps of so many points where the kind changes."""
     colours = LinearSegmentedColormap.from_list("of the theme", [theme.background, theme.series[0], theme.text])
     cells = span.pooled(rows).clip(min=float(norm.vmin or 0))
     image = axes.pcolormesh(span.edges(), [k - 0.5 for k in range(len(rows) + 1)], cells, cmap=colours, norm=norm)
     axes.invert_yaxis()
     for run in span.runs()[1:]:
-        axes.axvline(run.left, color=theme.background, linewidth=1.5)
+        axes.axvline(run.left, color=theme.background, linewidth=gap)
     return image
 
 
@@ -235,6 +243,11 @@ def _position_ticks(axes: Axes, span: ImageSpan, panels: int) -> None:
 
 def _colour_bar(figure: Figure, image: Any, axes: Sequence[Axes], theme: Theme) -> None:
     bar = figure.colorbar(image, ax=list(axes), fraction=0.04, pad=0.015)
+    span = image.norm.vmax / image.norm.vmin
+    if span < 100:  # powers of ten alone would be one label or none
+        bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4) if span < 5 else LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.set_label("attention weight", color=theme.text, fontsize=10)
     bar.ax.tick_params(colors=theme.text, labelsize=9, which="both")
     bar.outline.set_edgecolor(theme.grid)

@@ -31,11 +31,16 @@ Pairs = Sequence[Sequence[float]]
 """A lower and an upper bound per point."""
 
 
-def log_limits(values: Iterable[float]) -> tuple[float, float]:
-    """The ends of a logarithmic axis for ``values``: the lower edge is below every value that is drawn as a point."""
+def log_limits(values: Iterable[float], decades: int = DECADES) -> tuple[float, float]:
+    """The ends of a logarithmic axis for ``values``: the lower edge is below every value that is drawn as a point.
+
+    Args:
+        values: those that are not positive are not drawn as points.
+        decades: the axis reaches at most so far below the largest.
+    """
     positive = [value for value in values if value > 0]
     top = max(positive, default=1.0)
-    return max(min(positive, default=1.0), top * 10**-DECADES) / 3, top * 2
+    return max(min(positive, default=1.0), top * 10**-decades) / 3, top * 2
 
 
 def panels_below(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from skipvision_train.analysis.figures import LIGHT, MARKERS, Theme, label_axes, legend_below
 from skipvision_train.analysis.panels import (
@@ -36,6 +36,10 @@ SHARES = ("visual_ffn", "text_ffn", "projections", "attention")
 SHARE_NAMES = ("FFN of visual tokens", "FFN of text", "Q, K, V, O", "attention")
 GRID = 1000
 """Points of a density, from -1 to 1."""
+VISIBLE = 0.005
+"""The axis reaches as far as a density is above this share of its peak."""
+ERROR_DECADES = 6
+"""Further below the largest error is what rounding in fp32 leaves where nothing was skipped yet."""
 
 
 def flops_share(
@@ -97,7 +101,9 @@ def ffn_impact(
 
 
 def density(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """A Gaussian kernel density of values from -1 to 1, on ``GRID`` points: positions and density.
+    """A Gaussian kernel density of values from -1 to 1: positions and density.
+
+    On ``GRID`` points between -1 and 1 and as far beyond as the kernels of values there reach, so that it ends near 0.
 
     The width is Silverman's, 0.9 min(deviation, quartile range / 1.34) n^(-1/5), at least two points.
 
@@ -114,9 +120,11 @@ def density(values: Sequence[float]) -> tuple[list[float], list[float]]:
     spread = min(found.std(), (quartiles[1] - quartiles[0]) / 1.34) or found.std()
     width = max(0.9 * spread * len(found) ** -0.2, 4 / GRID)
     used = counts > 0
-    kernel = np.exp(-(((centres[:, None] - centres[None, used]) / width) ** 2) / 2)
+    beyond = math.ceil(4 * width * GRID / 2)
+    places = (2 * np.arange(-beyond, GRID + beyond) + 1) / GRID - 1
+    kernel = np.exp(-(((places[:, None] - centres[None, used]) / width) ** 2) / 2)
     heights = kernel @ counts[used] / (len(found) * width * math.sqrt(2 * math.pi))
-    return centres.tolist(), heights.tolist()
+    return places.tolist(), heights.tolist()
 
 
 def similarity_density(
@@ -132,16 +140,18 @@ def similarity_density(
     """
     labels = [f"{name}: mean {means[name]:.2f}" for name in levels]
     figure, (axes,) = panels_below(theme, [3.0], labels, title or "Similarity of visual tokens")
+    ends: list[float] = []
     for i, ((name, values), label) in enumerate(zip(levels.items(), labels, strict=True)):
         x, y = density(values)
+        visible = [place for place, height in zip(x, y, strict=True) if height > VISIBLE * max(y)]
+        ends += [visible[0], visible[-1], min(values), max(values)]
         colour = theme.series[i % len(theme.series)]
         style = "-" if i < len(theme.series) else "--"
         axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, label=label)
         axes.fill_between(x, y, color=colour, alpha=0.15, linewidth=0)
         axes.axvline(means[name], color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
-    spread = flat(levels.values())
-    room = 0.15 * (max(spread) - min(spread)) + 0.02
-    axes.set_xlim(max(-1.0, min(spread) - room), min(1.0, max(spread) + room))
+    room = 0.02 * (max(ends) - min(ends)) + 0.01
+    axes.set_xlim(min(ends) - room, max(ends) + room)
     axes.set_ylim(bottom=0)
     label_axes(axes, theme, "mean cosine similarity to the other tokens", "density")
     legend_below(figure, *axes.get_legend_handles_labels(), theme)
@@ -179,6 +189,7 @@ def attention_mass(
 
 def error_bound(
     bounds: Mapping[str, Sequence[float]],
+    log10_error: Sequence[float],
     measured: Mapping[str, Sequence[float]],
     constants: Mapping[str, Sequence[float]],
     theme: Theme = LIGHT,
@@ -188,29 +199,32 @@ def error_bound(
 
     Args:
         bounds: per line log10 of a bound per layer, -inf for none.
+        log10_error: log10 per layer of the measured error that they bound, -inf for none: drawn among the bounds, in
+            the style of the first of ``measured``.
         measured: per line an error per layer, not negative.
         constants: per line a constant per layer, positive.
         theme: appearance.
         title: above the panels.
     """
     labels = [*bounds, *measured, *constants, ZEROS]
-    figure, panels = panels_below(theme, [1.8, 2.2, 1.5], labels, title or "Error of skipped FFNs")
+    figure, panels = panels_below(theme, [2.1, 2.0, 1.3], labels, title or "Error of skipped FFNs")
     depth = max(map(len, bounds.values()))
-    for i, (name, values) in enumerate(bounds.items()):
+    first = len(bounds)
+    for i, (name, values) in enumerate([*bounds.items(), ("_", log10_error)]):  # "_" hides a line from the legend
         shown = [value if math.isfinite(value) else math.nan for value in values]
         colour, marker = theme.series[i], MARKERS[i]
         panels[0].plot(range(depth), shown, color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
-    panels[0].yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    first = len(bounds)
+    panels[0].yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$10^{{{value:.4g}}}$"))
     for axes, lines in zip(panels[1:], (measured, constants), strict=True):
-        edge, top = log_limits(flat(lines.values()))
+        edge, top = log_limits(flat(lines.values()), ERROR_DECADES)
         for i, (name, values) in enumerate(lines.items(), start=first):
             log_line(axes, range(depth), values, edge, theme, i, name, size=4, width=1.6)
         finish_log(axes, edge, top)
         first += len(lines)
         if lines is constants and edge < 1 < top:
             axes.axhline(1, color=theme.text, linewidth=1, linestyle=(0, (4, 3)))
-    for axes, name in zip(panels, ("log10 of bound", "error", "constant"), strict=True):
+    for axes, name in zip(panels, ("error and bounds", "error", "constant"), strict=True):
         layer_axis(axes, depth, theme, name)
         if axes is not panels[-1]:
             axes.set_xlabel("")
@@ -218,7 +232,7 @@ def error_bound(
     entries = [axes.get_legend_handles_labels() for axes in panels]
     handles = [handle for pair in entries for handle in pair[0]]
     names = [name for pair in entries for name in pair[1]]
-    if has_zeros(flat(measured.values()), log_limits(flat(measured.values()))[0]):
+    if has_zeros(flat(measured.values()), log_limits(flat(measured.values()), ERROR_DECADES)[0]):
         handles.append(Line2D([], [], linestyle="none", marker="v", markerfacecolor="none", markeredgecolor=theme.text))
         names.append(ZEROS)
     legend_below(figure, handles, names, theme)

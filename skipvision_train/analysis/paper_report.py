@@ -16,6 +16,7 @@ from skipvision_train.analysis.attention_figures import ImageSpan
 from skipvision_train.analysis.attention_maps import AttentionMaps
 from skipvision_train.analysis.bounds import ErrorBound
 from skipvision_train.analysis.ffn_impact import FfnImpact, FlopsShare
+from skipvision_train.analysis.panels import runs
 from skipvision_train.analysis.similarity import LevelSimilarity
 
 SHOWN_LAYERS = 4
@@ -106,7 +107,9 @@ def _attention_figures(maps: AttentionMaps, names: Mapping[str, str]) -> dict[st
     found = {
         "attention_mass": paper_figures.attention_mass(mass, names),
         "attention_map": attention_figures.attention_map(
-            trace.mean.mean(0)[:, part].tolist(), span, title=f"Attention of generated tokens, {trace.sample[-40:]}"
+            trace.mean.mean(0)[:, part].tolist(),
+            span,
+            title=f"Attention of generated tokens, sample {trace.sample[-40:]}",
         ),
     }
     if trace.heads:
@@ -140,7 +143,8 @@ def _bound_figure(bound: ErrorBound) -> Figure:
         "L attention": [norms.attention for norms in bound.norms],
         "L FFN": [norms.ffn for norms in bound.norms],
     }
-    return paper_figures.error_bound(bounds, measured, constants, title=f"Error of skipped FFNs, plan {bound.plan}")
+    title = f"Error of skipped FFNs, plan {bound.plan}"
+    return paper_figures.error_bound(bounds, bound.log_errors().mean(0).tolist(), measured, constants, title=title)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -206,7 +210,11 @@ def _bound_table(bound: ErrorBound) -> str:
         "error, text": bound.stacked("text").mean(0),
         "error, last token": bound.stacked("read").mean(0),
     }
-    logs = {"log10 bound": bound.telescoped().mean(0), "with residuals": bound.telescoped(residual=True).mean(0)}
+    logs = {
+        "log10 error": bound.log_errors().mean(0),
+        "log10 bound": bound.telescoped().mean(0),
+        "with residuals": bound.telescoped(residual=True).mean(0),
+    }
     lines = [
         f"{line}{rest}"
         for line, rest in zip(
@@ -220,14 +228,29 @@ def _bound_table(bound: ErrorBound) -> str:
     small = sum(1 for norms in bound.norms if norms.paper < 1)
     return "\n".join(
         [
-            f"error of skipped FFNs, plan {bound.plan} (Sec. 5)",
+            f"error of skipped FFNs, plan {bound.plan} (Sec. 5); log10: of the error of all tokens and its bounds",
             *lines,
+            f"measured above Eq. 10 in {_exceeded(bound)}; above the bound with residuals in "
+            f"{_exceeded(bound, residual=True)}",
             f"closed form (Eq. 11): 10^{_mean(bound.closed()):.2f}; L attention + L FFN is below 1 in {small} of "
             f"{len(bound.norms)} layers",
-            f"KL(p_skip || p_dense): measured {measured:.3g} nats; bound (Eq. 12) 10^{_mean(found['bound']):.2f}, "
-            f"with the last token's measured error 10^{_mean(found['measured']):.2f}",
+            f"KL(p_skip || p_dense): measured {measured:.3g} nats, 10^{_log10(measured):.2f}; bound (Eq. 12) "
+            f"10^{_mean(found['bound']):.2f}, exceeded in {bound.kl_violations()} of {len(bound.samples)} samples",
+            f"Eq. 12 with the last token's measured error: 10^{_mean(found['measured']):.2f} nats",
         ]
     )
+
+
+def _exceeded(bound: ErrorBound, residual: bool = False) -> str:
+    """In how many samples the measured error is above the bound, and behind which layers in any of them."""
+    layers = bound.exceeded(residual).any(0).nonzero()[:, 0].tolist()
+    spans = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs(layers))
+    count = f"{bound.violations(residual)} of {len(bound.samples)} samples"
+    return f"{count}, layers {spans}" if layers else count
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else -math.inf
 
 
 def _mean(values: Sequence[float] | Tensor) -> float:

@@ -28,6 +28,7 @@ from skipvision_train.analysis.lipschitz import (
     spectral_norm,
     telescoped,
 )
+from skipvision_train.analysis.paper_report import Analysis
 from skipvision_train.errors import ConfigError
 from skipvision_train.models.connector_settings import MlpConfig
 from skipvision_train.models.settings import ReducerConfig, TilingConfig, VisionConfig
@@ -228,14 +229,80 @@ def test_bounds_of_made_up_errors():
     assert (10 ** bound.telescoped()).tolist() == [[1, pytest.approx(6)], [2, pytest.approx(8)]]
     assert bound.factors(residual=True).tolist() == [2 * 3, 2 * 4]
     assert [10**value for value in bound.closed()] == [pytest.approx(2 * 5), pytest.approx(2 * 5)]
-    assert bound.violations() == 1  # 9 is above 8
+    assert bound.exceeded().tolist() == [[False, False], [False, True]]  # 9 is above 8
+    assert bound.violations() == 1
     assert bound.violations(residual=True) == 0  # and not above 16
+    assert bound.to_dict()["violations_by_layer"] == [0, 1]
+    assert bound.to_dict()["log10_measured"] == [0, pytest.approx(math.log10(45) / 2)]
+    assert bound.kl_violations() == 0
     found = {name: (10**values).tolist() for name, values in bound.kl_bounds().items()}
     assert found["bound"] == [pytest.approx(36 / 4), pytest.approx(64 / 4)]
     assert found["measured"] == [pytest.approx(1 / 4)] * 2
     assert found["bound_with_similarity"] == [pytest.approx((6 + 0.5**0.5) ** 2 / 4), pytest.approx(64 / 4)]
     assert bound.theta() == 0.5
     assert bound.to_dict()["eps_sim"] == pytest.approx(0.5**0.5)
+
+
+def made_up(skips, wholes, gammas, kl=0.0):
+    """One sample per entry of ``skips`` and ``wholes``."""
+    norms = [LayerNorms(1, 1, 1, 1, gamma - 1, 1, head_dim=1) for gamma in gammas]
+    samples = [
+        SampleErrors(*(torch.tensor(own, dtype=torch.float64) for own in (skip, skip, whole, whole, whole)),
+                     variance=2.0, kl=kl, theta=None)
+        for skip, whole in zip(skips, wholes, strict=True)
+    ]  # fmt: skip
+    return ErrorBound("made up", norms, samples)
+
+
+def test_a_bound_counts_as_exceeded_behind_any_layer():
+    """gamma is 2: the bounds are 0, 1, 2, 5 and 1, 2, 4, 8; behind the first layer that skips nothing counts."""
+    skips, wholes = [[0.0, 1, 0, 1], [1.0, 0, 0, 0]], [[0.1, 1.1, 2.1, 4.9], [1.0, 2.0 + 1e-6, 3.9, 7.9]]
+    bound = made_up(skips, wholes, [2.0] * 4)
+    assert bound.exceeded().tolist() == [[False, False, True, False], [False] * 4]
+    assert (bound.violations(), bound.to_dict()["violations"]) == (1, 1)
+    (line,) = [line for line in Analysis(bound=bound).tables().splitlines() if line.startswith("measured above")]
+    assert line == "measured above Eq. 10 in 1 of 2 samples, layers 2; above the bound with residuals in 0 of 2 samples"
+    wide = made_up([[1.0, 1, 1, 1, 1]] * 2, [[1.0, 9, 99, 1, 999], [1.0, 0, 0, 0, 0]], [2.0] * 5)
+    assert "Eq. 10 in 1 of 2 samples, layers 1-2, 4; above" in Analysis(bound=wide).tables()
+
+
+def test_the_table_has_the_error_beside_its_bounds():
+    bound = made_up([[1.0, 1.0], [100.0, 1.0], [1.0, 1.0]], [[1.0, 1e3], [100, 0.1], [1, 1e3]], [1.0, 2.0], kl=10.0)
+    lines = Analysis(bound=bound).tables().splitlines()
+    assert lines[1].split("  ")[-3:] == ["log10 error", "log10 bound", "with residuals"]
+    found = [[float(cell) for cell in line.split()[-3:-1]] for line in lines[2:4]]
+    means = [2 / 3, 2 / 3], [5 / 3, (2 * math.log10(3) + math.log10(201)) / 3]
+    assert found == [pytest.approx(row, abs=0.006) for row in means]
+    assert "measured 10 nats, 10^1.00; bound (Eq. 12)" in lines[-2]
+    assert lines[-2].endswith("exceeded in 2 of 3 samples")  # 3^2 / 4, 201^2 / 4 and 3^2 / 4
+
+
+def weak(config, std, size):
+    """Of a model whose matrices have elements of ``std`` and whose tokens are ``size`` times as large."""
+    model = make_ours(config)[0]
+    torch.manual_seed(0)
+    for parameter in model.language_model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=std)
+    with torch.no_grad():
+        for parameter in (model.language_model.model.embed_tokens.weight, *model.connector.projection.parameters()):
+            parameter.mul_(size)
+    return error_bound(model, our_samples(model), skip_ffn(kinds=VISUAL).bind(3))
+
+
+def test_the_paper_bound_is_none_because_it_leaves_out_residual_connections(tiny_config):
+    """gamma is 0.06: Eq. 10 forgets what earlier layers did wrong, and the residual stream does not."""
+    found = weak(tiny_config, 0.02, 1)
+    assert float(found.factors().max()) < 0.1
+    assert found.exceeded().tolist() == [[False, True, True]] * 2
+    assert found.violations(residual=True) == 0
+
+
+def test_with_residuals_it_is_none_because_it_leaves_out_norms(tiny_config):
+    """States far below a mean square of 1 are enlarged by the norms that the sublayers read through."""
+    found = weak(tiny_config, 0.02, 0.01)
+    assert found.violations(residual=True) == 2
+    assert found.exceeded(residual=True)[:, -1].all()
 
 
 def test_which_plan_is_compared():

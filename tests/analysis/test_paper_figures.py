@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -30,6 +30,7 @@ SPAN = ImageSpan(KINDS, 35, {"skipped": "left out"})
 MASS = {"text": [0.5, 0.1], "skipped": [0.2, 0.6], "generated": [0.3, 0.3]}
 SHARES = {"visual_ffn": [0.1, 0.5], "text_ffn": [0.4, 0.1], "projections": [0.3, 0.2], "attention": [0.2, 0.2]}
 BOUNDS = {"bound": [-math.inf, 2.0, 40.0], "other": [0.5, 3.0, 50.0]}
+LOGS = [-math.inf, 0.3, 0.5]
 ERRORS = {"all": [1.0, 2.0, 3.0], "text": [0.0, 0.5, 0.7]}
 
 
@@ -67,12 +68,13 @@ def test_impact_has_a_line_and_a_band_per_kind():
     assert entries(figure) == ["text", "visual", "0 or off the scale"]
 
 
-@given(st.lists(st.floats(-0.2, 0.2), min_size=1, max_size=50))
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=50))
 def test_density_integrates_to_one_around_the_mean(values):
     x, y = density(values)
     step = x[1] - x[0]
     assert sum(y) * step == pytest.approx(1, abs=0.02)
     assert min(y) >= 0
+    assert max(y[0], y[-1]) < 1e-3 * max(y)
     assert sum(a * b for a, b in zip(x, y, strict=True)) * step == pytest.approx(np.mean(values), abs=0.02)
 
 
@@ -85,6 +87,20 @@ def test_similarity_marks_the_means():
     (axes,) = (figure := similarity_density({"a": [0.1, 0.3], "b": [0.7]}, {"a": 0.2, "b": 0.7})).axes
     assert entries(figure) == ["a: mean 0.20", "b: mean 0.70"]
     assert [own.get_xdata()[0] for own in axes.lines if len(own.get_xdata()) == 2] == [0.2, 0.7]
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=1, max_size=20), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=25)
+def test_similarity_is_drawn_until_no_density_is_seen(levels):
+    named = {str(i): values for i, values in enumerate(levels)}
+    (axes,) = similarity_density(named, {name: float(np.mean(values)) for name, values in named.items()}).axes
+    left, right = axes.get_xlim()
+    for name, values in named.items():
+        assert left < min(values)
+        assert max(values) < right
+        (curve,) = [own for own in axes.lines if str(own.get_label()).startswith(f"{name}: ")]
+        outside = [y for x, y in zip(*curve.get_data(), strict=True) if not left <= x <= right]
+        assert max(outside, default=0) < 0.01 * max(curve.get_ydata())
 
 
 def test_mass_is_stacked():
@@ -140,6 +156,35 @@ def test_a_weight_of_nothing_is_drawn_like_the_least():
     attention_map([[0.0] * len(KINDS)], SPAN)
 
 
+@pytest.mark.parametrize("weight", [1e-5, 0.014, 1.0])
+def test_weights_that_are_nearly_equal_get_the_middle_of_the_colours(weight):
+    figure = attention_map([[weight] * (len(KINDS) - 1) + [weight * 1.05]] * 3, SPAN)
+    norm = figure.axes[1].collections[0].norm
+    assert 0.4 < norm(weight) < norm(weight * 1.05) < 0.6
+    assert 2 <= len(shown_ticks(figure)) <= 6
+
+
+@pytest.mark.parametrize("lowest", [0.09, 0.03, 0.004])
+def test_few_decades_have_plain_numbers_beside_the_colours(lowest):
+    figure = attention_map([[lowest, *[0.1] * (len(KINDS) - 1)]] * 3, SPAN)
+    labels = shown_ticks(figure)
+    assert 2 <= len(labels) <= 6
+    assert all(float(label) > 0 for label in labels)
+
+
+def shown_ticks(figure):
+    """Labels beside the colours that lie within their range."""
+    to_png(figure, dpi=50)
+    bar = figure.axes[-1]
+    low, high = bar.get_ylim()
+    return [label.get_text() for label in bar.get_yticklabels() if low <= label.get_position()[1] <= high]
+
+
+def test_control_characters_are_written_out():
+    figure = attention_heads([[[[0.1] * len(KINDS)] * 2]], [0], [0], ["\x17", "ä\t"], SPAN)
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["\\x17", "ä\\t"]
+
+
 def test_heads_have_a_panel_per_layer_and_head():
     panels = [[[[layer + head + 1.0] * len(KINDS)] * 2 for head in (0, 1)] for layer in (0, 10)]
     figure = attention_heads(panels, [0, 10], [3, 5], ["a\n", "$5 is more than"], SPAN)
@@ -152,14 +197,26 @@ def test_heads_have_a_panel_per_layer_and_head():
 
 
 def test_bound_has_three_panels():
-    figure = error_bound(BOUNDS, ERRORS, {"L": [0.5, 2.0, 2.0]})
+    figure = error_bound(BOUNDS, LOGS, ERRORS, {"L": [0.5, 2.0, 2.0]})
     above, middle, below = figure.axes
     assert line(above, "bound")[1:] == [2.0, 40.0]
     assert math.isnan(line(above, "bound")[0])
     assert line(middle, "text")[1:] == [0.5, 0.7]
+    (error,) = [own for own in above.lines if list(own.get_ydata())[1:] == [0.3, 0.5]]  # of all, among its bounds
+    (same,) = [own for own in middle.lines if own.get_label() == "all"]
+    assert (error.get_color(), error.get_marker()) == (same.get_color(), same.get_marker())
+    assert above.get_ylim()[0] < 0.3 < 40 < above.get_ylim()[1]
     assert line(below, "L") == [0.5, 2.0, 2.0]
     assert [float(own.get_ydata()[0]) for own in below.lines if own.get_linestyle() == "--"] == [1]
     assert entries(figure) == ["bound", "other", "all", "text", "L", "0 or off the scale"]
+
+
+def test_an_error_of_rounding_is_no_point():
+    """fp32 leaves about a ten millionth of what the states are."""
+    figure = error_bound(BOUNDS, LOGS, {"all": [1.0, 20.0, 30.0], "text": [3e-6, 3e-4, 7.0]}, {"L": [1.0] * 3})
+    assert math.isnan(line(figure.axes[1], "text")[0])
+    assert line(figure.axes[1], "text")[1:] == [3e-4, 7.0]
+    assert entries(figure)[-1] == "0 or off the scale"
 
 
 def test_layers_that_are_shown():
@@ -173,7 +230,7 @@ FIGURES = {
     "mass": lambda theme: attention_mass(MASS, theme=theme),
     "map": lambda theme: attention_map([[0.1] * len(KINDS)] * 32, SPAN, theme=theme),
     "heads": lambda theme: attention_heads([[[[0.1] * len(KINDS)]]], [0], [0], ["x"], SPAN, theme=theme),
-    "bound": lambda theme: error_bound(BOUNDS, ERRORS, {"L": [1.0, 2.0, 3.0]}, theme=theme),
+    "bound": lambda theme: error_bound(BOUNDS, LOGS, ERRORS, {"L": [1.0, 2.0, 3.0]}, theme=theme),
 }
 
 

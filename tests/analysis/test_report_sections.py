@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -138,6 +139,8 @@ def analysis():
             "plan": "own",
             "layers": [{"attention": 2.0, "ffn": 3.0}] * 2,
             "measured": {name: {"mean": [0.0, 0.5]} for name in ("whole", "text", "read", "skipping")},
+            "log10_measured": [None, -0.5],
+            "violations": 7,
             "log10_bound": [None, 2.0],
             "log10_bound_residual": [0.5, 3.0],
         },
@@ -163,6 +166,13 @@ def test_the_similarities_density_is_that_of_the_histogram():
     values, means = card.data
     assert values == {"window 2 (9 tokens)": pytest.approx([0.21] * 5 + [0.23] * 7)}
     assert means == {"window 2 (9 tokens)": 0.3}
+
+
+def test_the_error_stands_among_its_bounds():
+    card = next(card for card in analysis_cards(analysis()) if card.alt == "Error bound per layer")
+    assert card.data[0] == {"bound (Eq. 10)": [-math.inf, 2.0], "with residuals": [0.5, 3.0]}
+    assert card.data[1] == [-math.inf, -0.5]
+    assert card.caption.endswith("measured above it in 7 samples.")
 
 
 def test_others_visual_tokens_are_called_so():

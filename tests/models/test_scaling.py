@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.models.connector_settings import ResamplerConfig
 from skipvision_train.models.features import VisionFeatures
 from skipvision_train.models.resampler import MultiScaleResampler
-from skipvision_train.models.scaling import repeat_queries, scale_resampler
+from skipvision_train.models.scaling import scale_resampler, source_levels, spread_queries
 
 WIDTH, OUT = 8, 6
 SMALL = ResamplerConfig(windows=(16, 4), queries=(16, 64), head_dim=4)
@@ -101,7 +105,7 @@ def test_equal_levels_map_one_to_one():
     for level in range(3):
         name = f"levels.{level}.blocks.1.mlp.1.weight"
         assert scaled[name].equal(state[name])
-    assert scaled["levels.1.queries"].equal(repeat_queries(state["levels.1.queries"], 2, 4))
+    assert scaled["levels.1.queries"].equal(spread_queries(state["levels.1.queries"], 2, 4, 2))
     MultiScaleResampler(new, 16, WIDTH, 2, OUT).load_state_dict(scaled)
 
 
@@ -120,6 +124,8 @@ GEOMETRIES = [
     (32, (32, 16, 4, 2), (16, 64, 256, 1024), [0, 0, 1, 1]),
     (32, (32, 8, 4, 2), (16, 64, 256, 1024), [0, 1, 1, 1]),
     (32, (32, 8, 2, 1), (16, 256, 1024, 4096), [0, 0, 1, 1]),
+    # 336 px, windows that the 4 x 4 ones do not divide into: 6 x 6 and 12 x 12
+    (24, (24, 4, 2), (16, 144, 576), [0, 1, 1]),
     # 672 px: a window of the pretrained grid becomes 3 x 3, 2 x 2 or 6 x 6
     (48, (48, 12), (16, 64), [0, 1]),
     (48, (48, 4, 2), (16, 576, 2304), [0, 1, 1]),
@@ -127,10 +133,20 @@ GEOMETRIES = [
     (48, (48, 16, 4, 2), (16, 144, 576, 2304), [0, 0, 1, 1]),
     (48, (48, 24, 4, 2), (16, 64, 576, 2304), [0, 0, 1, 1]),
     (48, (48, 6, 4, 2), (16, 256, 576, 2304), [0, 1, 1, 1]),
+    # ... and evenly nothing: 6 x 6, 3 x 3 or 2 x 2 windows from 4 x 4
+    (48, (48, 8, 4), (16, 144, 576), [0, 1, 1]),
+    (48, (48, 16, 8), (16, 36, 144), [0, 1, 1]),
+    (48, (48, 24, 6, 3), (16, 16, 256, 1024), [0, 1, 1, 1]),
     # 896 px
     (64, (64, 8, 4), (16, 256, 1024), [0, 1, 1]),
     (64, (64, 16, 8, 4), (16, 64, 256, 1024), [0, 1, 1, 1]),
 ]
+
+
+def window_over_the_middle(old_side, side, window):
+    """Measured along the side of the image: the old window that begins at or before the middle of this one, last."""
+    middle = (Fraction(window, side) + Fraction(window + 1, side)) / 2
+    return max(k for k in range(old_side) if Fraction(k, old_side) <= middle)
 
 
 @pytest.mark.parametrize(("grid", "windows", "queries", "sources"), GEOMETRIES)
@@ -148,12 +164,11 @@ def test_80_tokens_to_every_geometry_weight_by_weight(grid, windows, queries, so
         found = {name.removeprefix(f"levels.{level}."): t for name, t in scaled.items() if f"levels.{level}." in name}
         assert set(found) == set(expected)
         assert all(found[name].equal(expected[name]) for name in found if name != "queries")
-        # Every query is the one of the pretrained window that lies over the middle of its own window.
         side, old_side = grid // windows[level], 16 // SMALL.windows[source]
         each = SMALL.queries[source] // old_side**2
-        middle = [(2 * i + 1) * old_side // (2 * side) for i in range(side)]
+        over = [window_over_the_middle(old_side, side, i) for i in range(side)]
         rows = [
-            (middle[row] * old_side + middle[column]) * each + query
+            (over[row] * old_side + over[column]) * each + query
             for row in range(side)
             for column in range(side)
             for query in range(each)
@@ -188,26 +203,86 @@ def test_a_third_stage_scales_the_second():
     assert scaled["levels.2.queries"].equal(state["levels.2.queries"])
 
 
+sizes = st.integers(1, 9)
+
+
+@given(sizes, sizes, st.integers(1, 4))
+def test_where_windows_divide_evenly_queries_are_repeated(old_side, factor, each):
+    queries = torch.randn(old_side**2 * each, 3)
+    found = spread_queries(queries, old_side, old_side * factor, each)
+    windows = queries.view(old_side, old_side, each, 3)
+    assert found.equal(windows.repeat_interleave(factor, 0).repeat_interleave(factor, 1).reshape(-1, 3))
+
+
+@given(sizes, st.integers(1, 16), st.integers(1, 4))
+def test_a_window_starts_from_the_one_that_covers_most_of_it(old_side, new_side, each):
+    numbers = torch.arange(old_side**2 * each)[:, None].float()
+    found = spread_queries(numbers, old_side, new_side, each)[:, 0].long().view(new_side, new_side, each)
+
+    def covered(window, old):
+        """Of the side of a new window the part that lies in an old one."""
+        ends = min(Fraction(window + 1, new_side), Fraction(old + 1, old_side))
+        return max(Fraction(0), ends - max(Fraction(window, new_side), Fraction(old, old_side)))
+
+    for row in range(new_side):
+        for column in range(new_side):
+            places = {int(number) // each for number in found[row, column]}
+            assert [int(number) % each for number in found[row, column]] == list(range(each))
+            (place,) = places
+            for window, old in ((row, place // old_side), (column, place % old_side)):
+                assert covered(window, old) == max(covered(window, other) for other in range(old_side))
+
+
 @pytest.mark.parametrize(
-    ("windows", "queries", "message"),
-    [
-        (
-            (32, 16, 4),
-            (16, 32, 256),
-            r"connector.queries\[1\]: 8 queries per window, but the levels of the weights have 16 and 4",
-        ),
-        (
-            (32, 4, 2),
-            (8, 256, 1024),
-            r"connector.queries\[0\]: 8 queries per window, but the levels of the weights have 16 and 4",
-        ),
-        ((32, 16, 4), (16, 16, 256), r"connector.windows\[1\]: 2 x 2 windows are no multiple of the 4 x 4"),
-    ],
+    ("each", "taken"), [(1, [2]), (2, [1, 3]), (4, [0, 1, 2, 3]), (8, [0, 0, 1, 1, 2, 2, 3, 3]), (6, None), (64, None)]
 )
-def test_levels_that_cannot_be_mapped_are_named(windows, queries, message):
-    new = ResamplerConfig(windows=windows, queries=queries, head_dim=4)
-    with pytest.raises(ConfigError, match=message):
-        scale_resampler(pretrained().state_dict(), SMALL, 16, new, 32)
+def test_another_number_of_queries_per_window_is_taken_evenly_in_order(each, taken, caplog):
+    new = ResamplerConfig(windows=(32, 4, 2), queries=(16, 64 * each, 256 * each), head_dim=4)
+    state = pretrained().state_dict()
+    scaled = scale_resampler(state, SMALL, 16, new, 32)
+    MultiScaleResampler(new, 32, WIDTH, 2, OUT).load_state_dict(scaled, strict=True)
+    first = scaled["levels.1.queries"][:each]
+    own = state["levels.1.queries"][:4]
+    used = [next(k for k in range(4) if row.equal(own[k])) for row in first]
+    assert used == sorted(used)
+    assert taken is None or used == taken
+    counts = [used.count(k) for k in range(4)]
+    assert max(counts) - min(counts) <= 1
+    # The second and third window lie in the first and second old one.
+    assert scaled["levels.1.queries"][2 * each : 3 * each].equal(state["levels.1.queries"][4:8][used])
+    messages = [record.getMessage() for record in caplog.records]
+    if each == 4:
+        assert not messages
+    else:
+        assert messages == [
+            f"connector.queries[{level}]: {each} queries per window, which no level of the weights has; they start "
+            "from the 4 of level 1"
+            for level in (1, 2)
+        ]
+
+
+# Windows per side and queries per window, of the weights and of the model, and the level that each level starts from.
+LEVELS = [
+    # as many levels with as many queries: each from its own, even where another one would divide evenly
+    (((1, 8, 16), (16, 4, 4)), ((1, 16, 24), (16, 4, 4)), [0, 1, 2]),
+    (((1, 2, 4), (4, 4, 4)), ((1, 3, 6), (4, 4, 4)), [0, 1, 2]),
+    # the finest that it divides evenly; level 0 from level 0
+    (((1, 8, 16), (16, 4, 4)), ((1, 8, 24, 48), (16, 4, 4, 4)), [0, 1, 1, 2]),
+    (((1, 2), (4, 4)), ((2, 4, 8), (4, 4, 4)), [0, 1, 1]),
+    # evenly none: the finest that has fewer windows, or the coarsest
+    (((1, 4), (16, 4)), ((1, 2, 3, 6), (16, 4, 4, 4)), [0, 1, 1, 1]),
+    (((1, 8, 16), (16, 4, 4)), ((1, 2, 12, 20), (16, 4, 4, 4)), [0, 1, 1, 2]),
+    (((2, 4), (4, 4)), ((1, 3, 5), (4, 4, 4)), [0, 0, 1]),
+    # no level with as many queries: any, by the same rule
+    (((1, 4), (16, 4)), ((1, 4), (36, 1)), [0, 1]),
+    (((1, 4), (16, 4)), ((1, 2, 8), (16, 8, 64)), [0, 0, 1]),
+    (((1, 4), (16, 4)), ((1, 4, 8), (8, 16, 4)), [0, 0, 1]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "sources"), LEVELS)
+def test_which_level_a_level_starts_from(old, new, sources):
+    assert source_levels(*(list(part) for part in (*old, *new))) == sources
 
 
 def test_other_mismatches_are_named():

@@ -52,6 +52,10 @@ class OnGpu(Tensor):
         """C code that would look for the memory."""
         return self.cpu().tolist()
 
+    def untyped_storage(self):
+        """Where the values are."""
+        return self.inner.untyped_storage()
+
     def __repr__(self, **_):
         return f"OnGpu({self.cpu()})"
 
