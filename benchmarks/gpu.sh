@@ -24,7 +24,8 @@ measure() {
 
 case $part in
     backends) # correctness: each attention backend against torch's masked attention; where the host waits for the GPU
-        measure python -m pytest -q tests/plans/test_on_gpu.py tests/models/test_waits.py tests/models/test_generation_on_gpu.py ;;
+        measure python -m pytest -q tests/plans/test_on_gpu.py tests/models/test_waits.py tests/models/test_generation_on_gpu.py \
+            tests/evaluation/test_commands_on_gpu.py ;;
     train)
         measure python benchmarks/train_step.py --precision bf16_states --layers 16 --accumulation 4 --warmup 3 --repeats 9
         measure python benchmarks/training.py --geometry llava_1_5_7b --layers 8 --records 256 --workers 4 --repeats 3

@@ -160,6 +160,7 @@ def simulated_gpu():
         patch.setattr(torch, "tensor", _new_tensor)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
         patch.setattr(backends, "PACKED_DTYPES", (torch.float32, *backends.PACKED_DTYPES))
         patch.setattr(varlen, "varlen_attn", gpu.varlen)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
