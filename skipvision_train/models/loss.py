@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipvision_train.errors import ConfigError
+from skipvision_train.plans.layout import predicting
+from skipvision_train.plans.transfer import upload
 
 LOSSES = ("chunked", "plain", "liger")
 """``trainer.loss``."""
@@ -42,6 +44,25 @@ def check_loss(kind: str) -> None:
         raise ConfigError("trainer.loss: liger needs liger-kernel (pip install 'skipvision-train[liger]'); use chunked")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.loss: liger runs on a GPU only; use chunked")
+
+
+def predicted_losses(
+    head: nn.Module, hidden: Tensor, labels: Tensor, read: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    """As :func:`head_losses`, of what positions predict; the head sees no other position.
+
+    Args:
+        head: the LM head.
+        hidden: (B, T, C).
+        labels: (B, T) int64, -100 where nothing is supervised; label t is predicted at t - 1.
+        read: (B, T) bool, which positions predict a supervised token; None: as the labels say. On the CPU nothing waits
+            for a GPU.
+        kind: of :data:`LOSSES`.
+    """
+    read = predicting(labels) if read is None else read
+    index = upload(read.flatten().nonzero()[:, 0], hidden.device)
+    targets = labels.flatten().index_select(0, index + 1)
+    return head_losses(head, hidden.flatten(0, 1).index_select(0, index), targets, kind)
 
 
 def head_losses(

@@ -18,12 +18,12 @@ from skipvision_train.errors import CheckpointError
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
 from skipvision_train.models.connectors import build_connector
-from skipvision_train.models.loss import head_losses
+from skipvision_train.models.loss import predicted_losses
 from skipvision_train.models.reducer import ReducedImages, Reducer
 from skipvision_train.models.vision import ClipVisionTower
 from skipvision_train.plans.attention import backend_mask
 from skipvision_train.plans.executor import Attachment, attach
-from skipvision_train.plans.layout import TokenLayout, predicting
+from skipvision_train.plans.layout import TokenLayout
 from skipvision_train.plans.plan import SkipPlan
 from skipvision_train.plans.rules import TokenKind
 from skipvision_train.plans.transfer import upload
@@ -348,20 +348,9 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _loss(
         self, hidden: Tensor, labels: Tensor, read: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
-        """Cross entropy in fp32 of what positions predict, and of each; the LM head sees no other position.
-
-        Args:
-            hidden: (B, T, C).
-            labels: (B, T), on their device.
-            read: (B, T) bool, which positions predict a supervised token; None: as the labels say.
-            num_items_in_batch: as in :meth:`forward`.
-        """
-        read = predicting(labels) if read is None else read
-        index = upload(read.flatten().nonzero()[:, 0], hidden.device)
-        states, targets = hidden.flatten(0, 1).index_select(0, index), labels.flatten().index_select(0, index + 1)
-        total, losses = head_losses(self.language_model.lm_head, states, targets, self._loss_kind)
-        items = max(1, len(index)) if num_items_in_batch is None else num_items_in_batch
-        return total / items, losses
+        """The loss, and that of every supervised position; ``read`` as in :func:`.loss.predicted_losses`."""
+        total, losses = predicted_losses(self.language_model.lm_head, hidden, labels, read, self._loss_kind)
+        return total / (max(1, len(losses)) if num_items_in_batch is None else num_items_in_batch), losses
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
