@@ -212,7 +212,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     try:
         application(_task(module.run))()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
+        fail(explain(error, arguments))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
@@ -223,14 +223,20 @@ def module_name(command: str) -> str:
 
 
 def hydra_arguments(name: str, arguments: Sequence[str], schema: type) -> list[str]:
-    """The user's arguments with ours beside them, and ``--dry-run`` as an override.
+    """The user's arguments with ours beside them, ``--dry-run`` as an override, and ``group=null`` as ``~group``.
 
     Ours stand directly before the user's first override: Hydra's parser takes only one run of overrides.
     """
     for text in _TEXTS.get(name, ()):
         if (times := sum(argument.startswith(f"{text}=") for argument in arguments)) > 1:
             fail(f"{text}: given {times} times; one run takes one, and input=FILE.jsonl asks many questions")
-    arguments = [_quoted_text(name, argument) for argument in arguments]
+    from skipvision_train.config.groups import with_left_out
+    from skipvision_train.errors import ConfigError
+
+    try:
+        arguments = with_left_out(module_name(name), [_quoted_text(name, argument) for argument in arguments])
+    except ConfigError as error:
+        fail(str(error))
     types = {field.name: field.type for field in dataclasses.fields(schema)}
     if types.get("plan") in ("PlanSpec", "PlanSpec | None"):
         arguments = [part for argument in arguments for part in _plan_file(argument)]
@@ -301,8 +307,13 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def explain(error: BaseException) -> str:
-    """One line for a mistake in an override or a YAML file: the key, what is wrong, close matches."""
+def explain(error: BaseException, arguments: Sequence[str] = ()) -> str:
+    """One line for a mistake in an override or a YAML file: the key, what is wrong, close matches.
+
+    Args:
+        error: Hydra's or OmegaConf's.
+        arguments: of the command, for the folders of configurations that they name.
+    """
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import (
         ConfigAttributeError,
@@ -312,15 +323,14 @@ def explain(error: BaseException) -> str:
         OmegaConfBaseException,
     )
 
+    from skipvision_train.config.groups import config_folders, missing
+
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for link in chain:
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
-            group, _, choice = str(link.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-            options = sorted(link.options or ())
-            known = f"; {group}/ has {', '.join(options)}" if options else ""
-            return f"{group or 'config'}: no configuration named {choice!r}{suggestion(choice, options)}{known}"
+            return missing(str(link.missing_cfg_file), link.options or (), config_folders(arguments))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: no override; write key=value, and quote values with special characters"
     detail = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ from transformers.models.llama import LlamaConfig
 
 from skipvision_train.config.plans import build_plan
 from skipvision_train.config.specs import ModelSpec, SkipSpec, TrainConfig
+from skipvision_train.data.placeholder import free, listed, taken
+from skipvision_train.data.templates.pieces import find_token
 from skipvision_train.errors import CheckpointError, ConfigError, PlanError
 from skipvision_train.models.configuration import SkipVisionConfig
-from skipvision_train.models.connector_settings import ConnectorConfig, build_connector_config, connector_kind
+from skipvision_train.models.connector_settings import (
+    CONNECTORS,
+    ConnectorConfig,
+    build_connector_config,
+    connector_kind,
+)
 from skipvision_train.plans.methods import ffn_skip, vskip
 from skipvision_train.plans.plan import SkipPlan, compose
 
@@ -52,56 +60,113 @@ def _read_config(path: str, directory: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
+        _check_there(path, directory)
         raise CheckpointError(f"{path}: {directory} has no readable config.json: {_first_line(error)}") from error
+
+
+def _check_there(path: str, directory: str) -> None:
+    """Refuse a path that leads nowhere; asked after a failure alone, since names of a filled hub cache are none."""
+    if not Path(directory).exists():
+        raise CheckpointError(f"{path}: {directory} does not exist")
 
 
 def load_tokenizer(cfg: TrainConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer of ``model.tokenizer``, the previous stage or ``model.llm``; None if none of them is set.
 
     Raises:
-        CheckpointError: the directory holds no tokenizer.
+        CheckpointError: the directory does not exist, or holds no tokenizer; with the field that names it.
     """
-    directory = cfg.model.tokenizer or cfg.stage.start_from or cfg.model.llm
+    sources = {
+        "model.tokenizer": cfg.model.tokenizer,
+        "stage.start_from": cfg.stage.start_from,
+        "model.llm": cfg.model.llm,
+    }
+    path, directory = next(((path, value) for path, value in sources.items() if value is not None), ("", None))
     if directory is None:
         return None
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model.tokenizer: {directory} holds no tokenizer: {_first_line(error)}") from error
+        _check_there(path, directory)
+        other = "" if path == "model.tokenizer" else "; name one as model.tokenizer"
+        raise CheckpointError(f"{path}: {directory} holds no tokenizer: {_first_line(error)}{other}") from error
 
 
-def image_token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:
+def image_token_id(tokenizer: PreTrainedTokenizerBase | None, token: str, template: str) -> int:
     """The id of the placeholder.
 
+    Args:
+        tokenizer: None where a dry run has none.
+        token: ``model.image_token``.
+        template: ``stage.template``.
+
     Raises:
-        ConfigError: the tokenizer does not have it.
+        ConfigError: the tokenizer does not have it, or it means something else (``data.placeholder``).
     """
     if tokenizer is None:
         return LLAMA3_IMAGE_TOKEN_ID
-    vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
-        special = [t for t in tokenizer.all_special_tokens if t != token][:8]
+    found = find_token(tokenizer, token)
+    if found is None:
         raise ConfigError(
-            f"model.image_token: the tokenizer has no token {token!r}; name one it never produces from text, "
-            f"for instance an unused one of its special tokens {special}"
+            f"model.image_token: the tokenizer has no token {token!r}; {_other_token(tokenizer, template)}"
         )
-    return int(vocabulary[token])
+    added = tokenizer.added_tokens_decoder.get(found)
+    is_special = added is not None and added.special
+    meaning = taken(tokenizer, template).get(found) if is_special else "no special token, so that a text may spell it"
+    if meaning is not None:
+        raise ConfigError(f"model.image_token: {token!r} is {meaning}; {_other_token(tokenizer, template)}")
+    return found
+
+
+def _other_token(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Overrides that name a free token, quoted for Hydra inside of quotes for the shell."""
+    overrides = [shlex.quote(f'model.image_token="{name}"') for name in free(tokenizer, template)]
+    return f"use a special token that is free, {listed(overrides)}"
 
 
 def connector_config(values: Mapping[str, Any]) -> ConnectorConfig:
     """``model.connector`` with its types checked.
 
     Raises:
-        ConfigError: an unknown type of connector, or fields that it does not have or that are of another type.
+        ConfigError: an unknown type of connector, or fields that it does not have or that are of another type; if they
+            are another connector's, as where ``connector@model.connector=mqt`` exchanges that of a model whose own file
+            sets keys, the message says so.
     """
     kind = connector_kind(values)
     fields = {name: value for name, value in values.items() if name != "type"}
     try:
         OmegaConf.merge(OmegaConf.structured(kind), fields)
     except OmegaConfBaseException as error:
+        if (left := _left_over(kind, fields)) is not None:
+            raise ConfigError(left) from error
         known = ", ".join(field.name for field in dataclasses.fields(kind))
         raise ConfigError(f"connector.{error.full_key}: {_first_line(error)}; the fields are {known}") from error
     return build_connector_config(values)
+
+
+def _left_over(kind: type[ConnectorConfig], fields: Mapping[str, Any]) -> str | None:
+    """The message for fields of another connector than ``kind``, with the way out; None where a field is just wrong."""
+    wrong = {name: value for name, value in fields.items() if not _fits(kind, name, value)}
+    if not wrong.keys() - {field.name for field in dataclasses.fields(kind)}:
+        return None
+    other = next((name for name, each in CONNECTORS.items() if all(_fits(each, *item) for item in wrong.items())), None)
+    if other is None:
+        return None
+    name = next(name for name, each in CONNECTORS.items() if each is kind)
+    keys = " and ".join(f"{key}={value}".replace(" ", "") for key, value in wrong.items())
+    way = "model=sv_cos" if name == "resampler" else f"experiment=llava connector@model.connector={name}"
+    return (
+        f"connector.type: {name}, with {keys} of connector {other}: the chosen model sets them itself, whatever the "
+        f"connector; take one that does not, such as {way}"
+    )
+
+
+def _fits(kind: type[ConnectorConfig], name: str, value: Any) -> bool:
+    try:
+        OmegaConf.merge(OmegaConf.structured(kind), {name: value})
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def stage_plan(cfg: TrainConfig, depth: int) -> SkipPlan:
@@ -164,11 +229,9 @@ def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) ->
             what :func:`text_config`, :func:`stage_plans` and :func:`image_token_id` raise.
     """
     text = text_config(cfg)
-    if tokenizer is not None and len(tokenizer) > text.vocab_size:
-        raise ConfigError(
-            f"model.text.vocab_size: {text.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
-        )
-    token = image_token_id(tokenizer, cfg.model.image_token)
+    if tokenizer is not None:
+        _check_vocabulary(cfg, tokenizer, text.vocab_size)
+    token = image_token_id(tokenizer, cfg.model.image_token, cfg.stage.template)
     plan = stage_plans(cfg, text.num_hidden_layers)[-1]
     try:
         return SkipVisionConfig(
@@ -180,6 +243,19 @@ def model_config(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) ->
         )
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from error
+
+
+def _check_vocabulary(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse ids without a row of the embedding; the largest id counts, since vocabularies may have gaps."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest < rows:
+        return
+    if (source := cfg.stage.start_from or cfg.model.llm) is not None:
+        raise ConfigError(f"model.tokenizer: its token {token!r} has id {largest}, but {source} has {rows} rows")
+    raise ConfigError(
+        f"model.text.vocab_size: {rows} is less than the tokenizer's {largest + 1} rows: "
+        f"its token {token!r} has id {largest}"
+    )
 
 
 def check_vision_facts(model: ModelSpec, facts: dict[str, Any], source: str) -> None:

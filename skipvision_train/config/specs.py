@@ -123,7 +123,8 @@ class ModelSpec:
     vision_architecture: str | None = None
     """open_clip name such as ViT-L-14, needed for a bare weights file."""
     connector_weights: str | None = None
-    """LLaVA's ``mm_projector.bin``, or a model directory whose connector is taken; null starts from random weights."""
+    """LLaVA's ``mm_projector.bin``, or a model directory whose connector is taken; null starts from random weights, for
+    a stage that trains it and not the language model."""
     from_scratch: bool = False
     """Allow parts without weights to be trained from random ones; without it that is an error."""
     vision: VisionSpec = field(default_factory=VisionSpec)
@@ -136,7 +137,8 @@ class ModelSpec:
     reducer: ReducerSpec = field(default_factory=ReducerSpec)
     """Skipping, merging, summary tokens."""
     image_token: str = "<|reserved_special_token_0|>"
-    """The tokenizer's token that stands for one visual token; never seen by the language model itself."""
+    """The tokenizer's special token that stands for one visual token; never seen by the language model itself. None
+    that begins or ends texts, and none that the chat template writes."""
 
 
 @dataclass

@@ -79,30 +79,46 @@ def validate(cfg: TrainConfig, world_size: int) -> None:
 def check_sources(cfg: TrainConfig) -> None:
     """Refuse to train from random weights that nobody asked for. A dry run needs no weights and skips this.
 
+    Without the connector's weights a stage must train it, and not a language model (or adapters) on what it gives.
+
     Raises:
-        ConfigError: a part without weights, and ``model.from_scratch`` is false.
+        ConfigError: a part without weights, and ``model.from_scratch`` is false; or as :func:`check_paths`.
     """
-    if cfg.stage.start_from is not None:
-        if cfg.model.llm is not None:
-            raise ConfigError("model.llm: must be null where stage.start_from gives all weights")
-        for name in ("vision_weights", "connector_weights"):
-            if getattr(cfg.model, name) is not None:
-                raise ConfigError(f"model.{name}: must be null where stage.start_from gives all weights")
-        _exists("stage.start_from", cfg.stage.start_from)
+    check_paths(cfg)
+    if cfg.stage.start_from is not None or cfg.model.from_scratch:
         return
-    if cfg.model.connector_weights is not None:
-        _exists("model.connector_weights", cfg.model.connector_weights)
     for path, value, what in (
         ("model.llm", cfg.model.llm, "the directory of a LLaMA-architecture model"),
         ("model.vision_weights", cfg.model.vision_weights, "a CLIP checkpoint"),
     ):
-        if value is not None:
-            _exists(path, value)
-        elif not cfg.model.from_scratch:
+        if value is None:
             raise ConfigError(
                 f"{path}: null would train from random weights; give {what}, set stage.start_from, or say "
                 "model.from_scratch=true"
             )
+    rates = cfg.stage.lr
+    if cfg.model.connector_weights is None and (rates.llm is not None or rates.connector is None):
+        why = "train the language model on" if rates.llm is not None else "freeze"
+        raise ConfigError(
+            f"model.connector_weights: null would {why} a connector of random weights; give a projector, set "
+            "stage.start_from to a pretraining stage's model, or say model.from_scratch=true"
+        )
+
+
+def check_paths(cfg: TrainConfig) -> None:
+    """Refuse paths of weights that lead nowhere or contradict each other; none need be given.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for name in ("llm", "vision_weights", "connector_weights"):
+        if (value := getattr(cfg.model, name)) is None:
+            continue
+        if cfg.stage.start_from is not None:
+            raise ConfigError(f"model.{name}: must be null where stage.start_from gives all weights")
+        _exists(f"model.{name}", value)
+    if cfg.stage.start_from is not None:
+        _exists("stage.start_from", cfg.stage.start_from)
 
 
 def accumulation(trainer: TrainerSpec, world_size: int) -> int:
@@ -159,9 +175,15 @@ def _check_model(model: ModelSpec) -> SkipVisionConfig:
 
     parts: dict[str, Any] = {name: dataclasses.asdict(getattr(model, name)) for name in ("vision", "tiling", "reducer")}
     try:
-        return SkipVisionConfig(**parts, connector=connector_config(model.connector))
+        config = SkipVisionConfig(**parts, connector=connector_config(model.connector))
     except ConfigError as error:
         raise ConfigError(f"model.{error}") from error
+    if config.readout == "attention" and model.vision.depths[-1] == 0:
+        raise ConfigError(
+            f"model.vision.depths: {model.vision.depths} ends with the embedding output, where nothing attends; name a "
+            "depth of 1 or more last"
+        )
+    return config
 
 
 def _check_plan(cfg: TrainConfig, depth: int | None) -> None:

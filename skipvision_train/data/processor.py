@@ -16,6 +16,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 from skipvision_train.data.collate import collate
 from skipvision_train.data.images import load_image
 from skipvision_train.data.messages import chat_template, conversation_turns, flat_messages
+from skipvision_train.data.placeholder import free, listed, taken
 from skipvision_train.data.records import Record, Turn
 from skipvision_train.data.templates import Encoded, get_template, split_special, token_ids
 from skipvision_train.data.tiling import draft_factor, num_tiles, to_tiles
@@ -109,11 +110,18 @@ class SkipVisionProcessor(ProcessorMixin):
         LLaMA-3.1's inserts a dated system turn, for instance, that models trained here have not seen.
 
         Raises:
-            DataError: as above, or the tokenizer lacks the template's control tokens.
+            DataError: as above, the tokenizer lacks the template's control tokens, or the placeholder is one of these,
+                or begins or ends texts.
         """
         tokens = {str(tiles): _runs(config.image_token_kinds(tiles)) for tiles in config.tiling_config.counts}
         vision, tiling = asdict(config.vision_config), asdict(config.tiling_config)
         get_template(template).end(tokenizer)
+        if (meaning := taken(tokenizer, template).get(config.image_token_id)) is not None:
+            token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+            raise DataError(
+                f"image_token_id: {config.image_token_id} ({token}) is {meaning}; use the id of a free special token: "
+                f"{listed(free(tokenizer, template))}"
+            )
         processor = cls(tokenizer, vision, config.image_token_id, tokens, tiling, template)
         if (text := chat_template(template, processor.image_token)) is not None:
             processor.chat_template = tokenizer.chat_template = text
@@ -138,9 +146,9 @@ class SkipVisionProcessor(ProcessorMixin):
 
     @property
     def pad_id(self) -> int:
-        """What padding is filled with. LLaMA-3 has no padding token; masks come from lengths, so any id would do."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else self.end_id
+        """What padding is filled with: any id but the placeholder's would do, since masks come from lengths."""
+        pad = self.tokenizer.pad_token_id  # LLaMA-3 has none
+        return int(pad) if pad not in (None, self.image_token_id) else self.end_id
 
     @property
     def end_id(self) -> int:

@@ -34,7 +34,7 @@ from skipvision_train.models.projector_formats import (
 )
 from skipvision_train.models.settings import ReducerConfig
 from skipvision_train.models.vision import load_vision_weights, resize_position_embedding
-from skipvision_train.models.vision_formats import read_vision_checkpoint
+from skipvision_train.models.vision_formats import VisionCheckpoint, read_vision_checkpoint
 from skipvision_train.models.weights import WeightFiles
 
 POSITION_EMBEDDING = "vision_tower.positional_embedding"
@@ -69,12 +69,14 @@ def build_model(
         dtype: of all parameters, float32 or bfloat16; buffers stay as they are.
 
     Returns:
-        the model, and what the checkpoints hold beyond it, as ``<part>.<name in the file>``.
+        the model; and which of its tensors no checkpoint gives, with what the checkpoints hold beyond it, as
+        ``<part>.<name in the file>``.
 
     Raises:
         CheckpointError: a part is missing, incomplete or of other shapes.
         ConfigError: ``connector`` is a model directory with a connector of another kind.
     """
+    given = {"language_model": llm, "vision_tower": vision, "connector": connector}
     language_model, report = None, LoadReport()
     if llm is not None:
         language_model, found = load_language_model(config.text_config, llm, dtype)
@@ -86,7 +88,35 @@ def build_model(
     if connector is not None:
         report += load_projector(model.connector, read_projector(connector, config)).within("connector")
     _round(model, dtype)
-    return model, report
+    fresh = tuple(name for name in model.state_dict() if given.get(name.split(".", 1)[0]) is None)
+    return model, report + LoadReport(missing=fresh)
+
+
+def check_parts(
+    config: SkipVisionConfig,
+    model: SkipVisionForConditionalGeneration,
+    llm: Path | None = None,
+    vision: VisionCheckpoint | None = None,
+    connector: Path | None = None,
+) -> None:
+    """Refuse what :func:`build_model` would, by configurations and headers alone; nothing of a tensor is read.
+
+    Args:
+        config: of the model.
+        model: from :func:`meta_model`, without adapters.
+        llm, connector: as :func:`build_model`; a part that is None is not checked.
+        vision: read without its contents.
+
+    Raises:
+        CheckpointError: a part is missing, incomplete or of other shapes.
+        ConfigError: ``connector`` is a model directory with a connector of another kind, or cannot be scaled.
+    """
+    if llm is not None:
+        _match_language_model(model.language_model, _open_language_model(llm))
+    if vision is not None:
+        load_vision_weights(model.vision_tower, vision)
+    if connector is not None:
+        load_projector(model.connector, read_projector(connector, config, contents=False))
 
 
 def load_language_model(
@@ -103,19 +133,34 @@ def load_language_model(
         CheckpointError: no model directory; a tensor is missing or of another shape; the directory holds tensors that
             the architecture does not have, which would be left out of what it computes.
     """
+    weights = _open_language_model(path)
+    model = empty_language_model(config, dtype)
+    sources, report = _match_language_model(model, weights)
+    _fill(model, sources, weights, dtype)
+    _check_tied(model, weights)
+    return model, report
+
+
+def _open_language_model(path: Path) -> WeightFiles:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; model.llm must be a transformers model directory")
-    weights = WeightFiles.open(path)
-    model = empty_language_model(config, dtype)
-    sources = _sources(model, weights)
-    unused = [name for name in weights.tensors if name not in model.state_dict()]
+    return WeightFiles.open(path)
+
+
+def _match_language_model(model: PreTrainedModel, weights: WeightFiles) -> tuple[dict[str, str], LoadReport]:
+    """Name in the model -> name in the files, which fit.
+
+    Raises:
+        CheckpointError: they do not; or there are tensors that the model has no place for.
+    """
+    sources, own = _sources(model, weights), model.state_dict()
+    unused = [name for name in weights.tensors if name not in own]
     if unknown := [name for name in unused if not name.endswith(_COMPUTED)]:
         raise CheckpointError(
-            f"{path}: holds {len(unknown)} tensors the language model has no place for, first {unknown[0]}"
+            f"{weights.source}: holds {len(unknown)} tensors the language model has no place for, first {unknown[0]}"
         )
-    _fill(model, sources, weights, "the language model", dtype)
-    _check_tied(model, weights)
-    return model, LoadReport(unused=tuple(unused))
+    weights.check([(stored, own[name]) for name, stored in sources.items()], "the language model")
+    return sources, LoadReport(unused=tuple(unused))
 
 
 def empty_language_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -144,27 +189,19 @@ def _sources(model: PreTrainedModel, weights: WeightFiles) -> dict[str, str]:
     return sources
 
 
-def _fill(
-    model: PreTrainedModel, sources: Mapping[str, str], weights: WeightFiles, part: str, dtype: torch.dtype
-) -> None:
-    """Copy stored tensors into a model, or put views of them in its parameters' place.
+def _fill(model: PreTrainedModel, sources: Mapping[str, str], weights: WeightFiles, dtype: torch.dtype) -> None:
+    """Copy stored tensors, which fit, into a model, or put views of them in its parameters' place.
 
     Args:
         model: with parameters that :func:`empty_language_model` has not set, and others.
         sources: name in the model -> name in the files.
         weights: the files.
-        part: of the model, for messages.
         dtype: float32 to copy, bfloat16 for views.
-
-    Raises:
-        CheckpointError: they do not fit; the model has not changed then.
     """
-    own = model.state_dict()
-    pairs = [(stored, own[name]) for name, stored in sources.items()]
     if dtype == torch.float32:
-        weights.copy(pairs, part)
+        own = model.state_dict()
+        weights.copy([(stored, own[name]) for name, stored in sources.items()], "the model")
         return
-    weights.check(pairs, part)
     model.load_state_dict(weights.views(sources, dtype), strict=False, assign=True)
     model.tie_weights()
 
@@ -210,6 +247,34 @@ def start_stage(
             a connector of another type, or with a vision tower that computes otherwise; both values are named.
         CheckpointError: the directory is incomplete, or a tensor is missing or of another shape (named with both).
     """
+    old, weights = _open_stage(checkpoint, config)
+    model = SkipVisionForConditionalGeneration(config, empty_language_model(config.text_config, dtype))
+    sources, report = _match_stage(config, model, old, weights)
+    _fill(model, sources, weights, dtype)
+    _check_tied(model, weights)
+    _round(model, dtype)
+    return model, report
+
+
+def check_stage(checkpoint: Path, config: SkipVisionConfig, model: SkipVisionForConditionalGeneration) -> None:
+    """Refuse what :func:`start_stage` would, by configurations and headers alone; nothing of a tensor is read.
+
+    Args:
+        checkpoint: the directory.
+        config: of the model.
+        model: from :func:`meta_model`, without adapters.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`start_stage`.
+    """
+    old, weights = _open_stage(checkpoint, config, contents=False)
+    _match_stage(config, model, old, weights)
+
+
+def _open_stage(
+    checkpoint: Path, config: SkipVisionConfig, contents: bool = True
+) -> tuple[SkipVisionConfig, WeightFiles]:
+    """The previous stage's configuration, which fits ``config``, and its weights."""
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(
             f"{checkpoint}: no config.json; stage.start_from must be a finished stage's model directory"
@@ -218,23 +283,35 @@ def start_stage(
     _check_registers(checkpoint, old, config)
     _check_vision(checkpoint, old, config)
     check_connectors(checkpoint, old, config)
-    weights = WeightFiles.open(checkpoint)
-    model = SkipVisionForConditionalGeneration(config, empty_language_model(config.text_config, dtype))
+    return old, WeightFiles.open(checkpoint, contents=contents)
+
+
+def _match_stage(
+    config: SkipVisionConfig, model: SkipVisionForConditionalGeneration, old: SkipVisionConfig, weights: WeightFiles
+) -> tuple[dict[str, str], LoadReport]:
+    """Give the model the connector and the positions, which may change their shape; where the rest comes from.
+
+    Returns:
+        name in the model -> name in the files, which fit, for all else that the files give.
+
+    Raises:
+        ConfigError: the resampler cannot be scaled.
+        CheckpointError: weights do not fit; or there are tensors that the model has no place for.
+    """
     sources = _stage_sources(model, old.reducer_config, weights)
     used = set(sources.values()) | {POSITION_EMBEDDING}
     unused = [name for name in weights.tensors if name not in used and not name.startswith(OWN_PREFIX)]
     unused = [name for name in unused if name not in model.all_tied_weights_keys]
     if unknown := [name for name in unused if not name.startswith(("reducer.", "vision_tower."))]:
         raise CheckpointError(
-            f"{checkpoint}: holds {len(unknown)} tensors the model has no place for, first {unknown[0]}"
+            f"{weights.source}: holds {len(unknown)} tensors the model has no place for, first {unknown[0]}"
         )
     load_projector(model.connector, read_own(weights, old, config))
     _load_positions(model, weights)
-    _fill(model, sources, weights, "the stage", dtype)
-    _check_tied(model, weights)
-    _round(model, dtype)
-    fresh = tuple(n for n in model.state_dict() if n.startswith("reducer.") and n not in sources)
-    return model, LoadReport(missing=fresh, unused=tuple(unused))
+    own = model.state_dict()
+    weights.check([(stored, own[name]) for name, stored in sources.items()], "the stage")
+    fresh = tuple(name for name in own if name.startswith("reducer.") and name not in sources)
+    return sources, LoadReport(missing=fresh, unused=tuple(unused))
 
 
 def _stage_sources(

@@ -10,8 +10,8 @@ class LoadReport:
     """Which tensors of a checkpoint found no place, and which of the model's were not in the checkpoint.
 
     Attributes:
-        missing: names the model has and the checkpoint lacks: parts that start fresh. Whatever else is missing is an
-            error of the loader.
+        missing: names the model has and no checkpoint gives: parts that start fresh, as a whole or in part. Whatever
+            else is missing is an error of the loader.
         unused: names the checkpoint has and the model does not read.
     """
 
@@ -27,6 +27,10 @@ class LoadReport:
     def __add__(self, other: LoadReport) -> LoadReport:
         """Both reports as one."""
         return LoadReport(self.missing + other.missing, self.unused + other.unused)
+
+    def names(self) -> dict[str, list[str]]:
+        """Both lists, as plain data for a file."""
+        return {"missing": list(self.missing), "unused": list(self.unused)}
 
     def summary(self) -> str:
         """One line for a log: both counts, each with the top-level parts that its tensors belong to."""

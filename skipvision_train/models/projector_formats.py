@@ -72,13 +72,18 @@ class ProjectorCheckpoint:
     unused: tuple[str, ...] = field(default=(), repr=False)
 
 
-def read_projector(path: Path, config: SkipVisionConfig) -> ProjectorCheckpoint:
+def read_projector(path: Path, config: SkipVisionConfig, contents: bool = True) -> ProjectorCheckpoint:
     """Read the weights of ``config``'s connector.
 
     * a model directory of this package: a connector of the same kind, a resampler is scaled to ``config``'s;
     * LLaVA's ``mm_projector.bin`` (also of one linear layer) or ``non_lora_trainables.bin``, a LLaVA model directory
       of the original code or of transformers: for connectors ``mlp`` and ``visionzip``;
     * the same files of MQT-LLaVA, TokenPacker and Chain-of-Sight, for their connectors; Chain-of-Sight's is scaled.
+
+    Args:
+        path: the file or directory.
+        config: of the model that the connector is for.
+        contents: false reads configurations and headers alone; the tensors are on "meta" then.
 
     Raises:
         ConfigError: an own directory with another connector.
@@ -89,10 +94,10 @@ def read_projector(path: Path, config: SkipVisionConfig) -> ProjectorCheckpoint:
     if described.is_file():
         content = read_json(described)
         if content.get("model_type") == SkipVisionConfig.model_type:
-            return read_own(WeightFiles.open(path), SkipVisionConfig.from_pretrained(path), config)
+            return read_own(WeightFiles.open(path, contents=contents), SkipVisionConfig.from_pretrained(path), config)
         if (activation := content.get("projector_hidden_act", "gelu")) != "gelu":
             raise CheckpointError(f"{described}: projector_hidden_act {activation!r}; connector.type mlp computes gelu")
-    return _read_published(WeightFiles.open(path, PROJECTOR_FILES), config)
+    return _read_published(WeightFiles.open(path, PROJECTOR_FILES, contents), config)
 
 
 def read_own(weights: WeightFiles, old: SkipVisionConfig, new: SkipVisionConfig) -> ProjectorCheckpoint:

@@ -90,7 +90,7 @@ def vision_facts(architecture: str) -> dict[str, Any]:
     return _open_clip_facts({"model_cfg": open_clip.get_model_config(architecture)}, f"architecture {architecture}")
 
 
-def read_vision_checkpoint(path: Path, architecture: str | None = None) -> VisionCheckpoint:
+def read_vision_checkpoint(path: Path, architecture: str | None = None, contents: bool = True) -> VisionCheckpoint:
     """Read a CLIP checkpoint of any of three formats onto the CPU.
 
     * a directory with ``open_clip_config.json`` and open_clip weights (safetensors, ``.bin`` or ``.pt``);
@@ -100,6 +100,11 @@ def read_vision_checkpoint(path: Path, architecture: str | None = None) -> Visio
 
     A directory states its own architecture; ``architecture`` is read for a single file only.
 
+    Args:
+        path: the file or directory.
+        architecture: open_clip's name.
+        contents: false reads configurations and headers alone; the tensors are on "meta" then.
+
     Raises:
         CheckpointError: nothing there, a file that cannot be read, or a model that is no plain CLIP transformer.
     """
@@ -107,12 +112,14 @@ def read_vision_checkpoint(path: Path, architecture: str | None = None) -> Visio
     if path.is_file():
         if architecture is None:
             raise CheckpointError(f"{path}: one weights file; name its open_clip architecture, e.g. ViT-L-14-quickgelu")
-        return _from_open_clip(vision_facts(architecture), WeightFiles.open(path))
+        return _from_open_clip(vision_facts(architecture), WeightFiles.open(path, contents=contents))
     if (path / OPEN_CLIP_CONFIG).is_file():
         facts = _open_clip_facts(read_json(path / OPEN_CLIP_CONFIG), str(path / OPEN_CLIP_CONFIG))
-        return _from_open_clip(facts, WeightFiles.open(path, OPEN_CLIP_WEIGHTS))
+        return _from_open_clip(facts, WeightFiles.open(path, OPEN_CLIP_WEIGHTS, contents))
     if (path / "config.json").is_file():
-        return _from_transformers(path)
+        return _from_transformers(path, contents)
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist")
     raise CheckpointError(f"{path}: neither a weights file nor a directory with {OPEN_CLIP_CONFIG} or config.json")
 
 
@@ -194,8 +201,8 @@ def _from_open_clip(facts: dict[str, Any], weights: WeightFiles) -> VisionCheckp
     return VisionCheckpoint(str(weights.source), facts, state, tuple(other))
 
 
-def _from_transformers(path: Path) -> VisionCheckpoint:
-    facts, weights = _transformers_facts(path), WeightFiles.open(path)
+def _from_transformers(path: Path, contents: bool) -> VisionCheckpoint:
+    facts, weights = _transformers_facts(path), WeightFiles.open(path, contents=contents)
     # CLIPModel names its vision part, CLIPVisionModel of transformers 5 does not.
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in weights.tensors) else ""
     stored = {name.removeprefix(prefix): name for name in weights.tensors if name.startswith(prefix)}

@@ -35,6 +35,9 @@ DIRECTORY_FILES = (
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 """What can be converted to a parameter's dtype. Everything narrower is quantised: a number without its scale."""
 
+POINTER = b"version https://git-lfs"
+"""How the few lines begin that git keeps in the place of a large file."""
+
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -52,6 +55,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
 
+    def empty(self) -> Tensor:
+        """A tensor on "meta" like it; of one of :data:`FLOATS`."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -60,30 +67,35 @@ class WeightFiles:
     Attributes:
         source: the file or directory, for messages.
         tensors: everything that the files hold.
+        contents: whether :meth:`read` reads; without, its tensors are on "meta", to check what would become of them.
     """
 
     source: Path
     tensors: Mapping[str, StoredTensor] = field(repr=False)
+    contents: bool = True
 
     @classmethod
-    def open(cls, path: Path, names: tuple[str, ...] = DIRECTORY_FILES) -> WeightFiles:
+    def open(cls, path: Path, names: tuple[str, ...] = DIRECTORY_FILES, contents: bool = True) -> WeightFiles:
         """Look at a checkpoint without reading its tensors.
 
         Args:
             path: a weights file, or a directory.
             names: the files that a directory may keep its weights in, the first that exists counts.
+            contents: as the attribute.
 
         Raises:
-            CheckpointError: no weights; a file that is damaged or holds more than tensors; an index whose files are
-                missing or lack a tensor that it lists.
+            CheckpointError: the path does not exist; no weights; a git-lfs pointer in the place of a file; a file that
+                is damaged or holds more than tensors; an index whose files are missing or lack a tensor that it lists.
         """
         path = Path(path)
         if path.is_file():
-            return cls(path, _catalogue(path))
+            return cls(path, _catalogue(path), contents)
+        if not path.exists():
+            raise CheckpointError(f"{path}: does not exist")
         for name in names:
             file = path / name
             if file.is_file():
-                return cls(path, _sharded(file) if name.endswith(INDEX) else _catalogue(file))
+                return cls(path, _sharded(file) if name.endswith(INDEX) else _catalogue(file), contents)
         raise CheckpointError(f"{path}: no weights; found none of {', '.join(names)}")
 
     def check(self, pairs: Iterable[tuple[str, Tensor]], part: str) -> None:
@@ -139,11 +151,15 @@ class WeightFiles:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some tensors as they are stored. They are mapped from their files: reading them is what fills memory.
 
+        Without :attr:`contents` they have their shape and dtype alone.
+
         Raises:
             CheckpointError: a dtype that is no floating-point type of 16 bits or more.
         """
         wanted = list(names)
         self._check_floats(wanted)
+        if not self.contents:
+            return {name: self.tensors[name].empty() for name in wanted}
         state: dict[str, Tensor] = {}
         for file in dict.fromkeys(self.tensors[name].file for name in wanted):
             with _reader(file, "mmap") as read:
@@ -199,8 +215,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        CheckpointError: no such file, no JSON, or another kind of value.
+        CheckpointError: no such file, a git-lfs pointer, no JSON, or another kind of value.
     """
+    _check_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -208,6 +225,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _check_pointer(file: Path) -> None:
+    """Refuse what a clone without git-lfs has in the place of a large file; other faults are the reader's to name."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(len(POINTER))
+    except OSError:
+        return
+    if head == POINTER:
+        raise CheckpointError(f"{file}: a git-lfs pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def _sharded(index: Path) -> dict[str, StoredTensor]:
@@ -228,6 +256,7 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
 
 def _catalogue(file: Path) -> dict[str, StoredTensor]:
     """What one file holds."""
+    _check_pointer(file)
     if file.suffix != ".safetensors":
         return {
             name: StoredTensor(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))

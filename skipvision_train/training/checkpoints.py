@@ -41,6 +41,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 HARMLESS = (
     "dry_run",
     "data.error_budget",
+    "model.from_scratch",
     "trainer.keep_checkpoints",
     "trainer.last_layer",
     "trainer.loss",

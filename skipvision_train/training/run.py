@@ -22,7 +22,7 @@ from skipvision_train.config.resolve import (
     source_path,
 )
 from skipvision_train.config.specs import LoraSpec, TrainConfig
-from skipvision_train.config.validate import check_sources, validate
+from skipvision_train.config.validate import check_paths, check_sources, validate
 from skipvision_train.data.dataset import RecordDataset
 from skipvision_train.data.mixture import Mixture
 from skipvision_train.data.processor import SkipVisionProcessor
@@ -31,7 +31,7 @@ from skipvision_train.data.streams import Streams
 from skipvision_train.errors import ConfigError, DataError, SkipVisionError
 from skipvision_train.files import write_json, write_text
 from skipvision_train.folders import filled, flatten
-from skipvision_train.models.build import build_model, meta_model, start_stage
+from skipvision_train.models.build import build_model, check_parts, check_stage, meta_model, start_stage
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import MqtConfig
 from skipvision_train.models.loss import check_loss
@@ -60,6 +60,9 @@ from skipvision_train.training.trainer import StageParts, StageTrainer
 from skipvision_train.training.watching import check_device_memory
 
 log = logging.getLogger(__name__)
+
+WEIGHTS = "weights.json"
+"""In a run's folder: the names of tensors that started fresh (``missing``) or were not read (``unused``)."""
 
 
 def run_stage(cfg: TrainConfig, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
@@ -178,6 +181,7 @@ def assemble(cfg: TrainConfig) -> StageParts:
         raise ConfigError("model.tokenizer: null, and neither model.llm nor stage.start_from gives one")
     config = model_config(cfg, tokenizer)
     processor = SkipVisionProcessor.from_config(config, tokenizer, cfg.stage.template)
+    check_weights(cfg, config, meta_model(config))
     records, dataset = open_dataset(cfg, processor)
     feed = open_feed(cfg, records, dataset, Path(cfg.trainer.output_dir))
     model = open_model(cfg, config)
@@ -227,27 +231,56 @@ def open_model(cfg: TrainConfig, config: SkipVisionConfig) -> SkipVisionForCondi
     if cfg.stage.start_from is not None:
         model, report = start_stage(Path(cfg.stage.start_from), config, dtype)
     else:
-        vision = source_path(cfg.model.vision_weights)
-        architecture = cfg.model.vision_architecture
-        if vision is not None:
-            check_vision_facts(cfg.model, read_vision_checkpoint(vision, architecture).facts, str(vision))
+        llm, vision = source_path(cfg.model.llm), source_path(cfg.model.vision_weights)
         connector = source_path(cfg.model.connector_weights)
-        model, report = build_model(config, source_path(cfg.model.llm), vision, architecture, connector, dtype)
-    log.info("weights: %s", report.summary())
+        model, report = build_model(config, llm, vision, cfg.model.vision_architecture, connector, dtype)
+    record = Path(cfg.trainer.output_dir) / WEIGHTS
+    if os.environ.get("RANK", "0") == "0":
+        write_json(record, report.names())
+    log.info("weights: %s; their names are in %s", report.summary(), record)
     return model
+
+
+def check_weights(cfg: TrainConfig, config: SkipVisionConfig, model: SkipVisionForConditionalGeneration) -> None:
+    """Refuse weights that do not fit, by their configurations and headers alone; parts without a path are left out.
+
+    Args:
+        cfg: the configuration.
+        config: the model's.
+        model: the stage's, on the meta device, without adapters.
+
+    Raises:
+        ConfigError, CheckpointError: a path does not exist, a file is missing or cut, or what it holds does not fit.
+    """
+    vision = None
+    if cfg.stage.start_from is None and cfg.model.vision_weights is not None:
+        vision = read_vision_checkpoint(Path(cfg.model.vision_weights), cfg.model.vision_architecture, contents=False)
+        check_vision_facts(cfg.model, vision.facts, vision.source)
+    try:
+        if cfg.stage.start_from is not None:
+            check_stage(Path(cfg.stage.start_from), config, model)
+        else:
+            llm, connector = source_path(cfg.model.llm), source_path(cfg.model.connector_weights)
+            check_parts(config, model, llm, vision, connector)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def describe_stage(cfg: TrainConfig) -> str:
     """What ``--dry-run`` prints. Builds the model on the meta device; needs no weights, data or GPU.
+
+    Weights that are named are checked as far as their configurations and headers tell.
 
     Raises:
         SkipVisionError: the configuration cannot work.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     validate(cfg, processes)
+    check_paths(cfg)
     tokenizer = load_tokenizer(cfg)
     config = model_config(cfg, tokenizer)
     model = meta_model(config)
+    check_weights(cfg, config, model)
     parts = apply_rates(model, cfg.stage.lr)
     if cfg.stage.lora is not None:
         add_adapters(model, cfg.stage.lora)

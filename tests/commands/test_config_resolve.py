@@ -76,8 +76,16 @@ def test_what_a_message_suggests_can_be_typed(token, monkeypatch):
 
 
 def test_no_free_token():
-    with pytest.raises(ConfigError, match=r"'<unk>' is the tokenizer's padding; .* free, none yet: add one to the tok"):
-        image_token_id(vicuna(pad="<unk>"), "<unk>", "vicuna_v1")
+    tokenizer = vicuna()
+    tokenizer.eos_token = "<unk>"
+    with pytest.raises(ConfigError, match=r"'<unk>' is the token that texts end with .* none yet: add one to the"):
+        image_token_id(tokenizer, "<unk>", "vicuna_v1")
+
+
+def test_vicunas_own_files():
+    """They pad with the unknown token, which is the one that is free."""
+    tokenizer = vicuna(pad="<unk>")
+    assert image_token_id(tokenizer, "<unk>", "vicuna_v1") == tokenizer.unk_token_id
 
 
 def test_the_largest_id_needs_a_row(tmp_path):

@@ -8,6 +8,7 @@ from skipvision_train.config.plans import PlanSpec
 from skipvision_train.config.specs import (
     DataSpec,
     DeepSpeedSpec,
+    LoraSpec,
     ModelSpec,
     RatesSpec,
     ReducerSpec,
@@ -202,6 +203,32 @@ def test_random_weights_must_be_asked_for(cfg, tmp_path):
     cfg.model.llm, cfg.model.connector_weights = str(tmp_path), str(tmp_path / "none.bin")
     with pytest.raises(ConfigError, match=r"^model\.connector_weights: .*none\.bin does not exist"):
         check_sources(cfg)
+
+
+@pytest.mark.parametrize(
+    ("rates", "what"),
+    [
+        (RatesSpec(connector=1e-3, llm=1e-5), "train the language model on"),
+        (RatesSpec(llm=1e-5), "train the language model on"),
+        (RatesSpec(vision=1e-5), "freeze"),
+    ],
+)
+@pytest.mark.parametrize("lora", [None, LoraSpec()])
+def test_a_forgotten_projector_is_an_error(cfg, tmp_path, rates, what, lora):
+    cfg.model.llm = cfg.model.vision_weights = str(tmp_path)
+    cfg.stage.lora = lora
+    check_sources(cfg)  # pretraining: the connector alone
+    cfg.stage.lr = rates
+    message = rf"^model\.connector_weights: null would {what} a connector of random weights; .*from_scratch=true$"
+    with pytest.raises(ConfigError, match=message):
+        check_sources(cfg)
+    cfg.model.connector_weights = str(tmp_path)
+    check_sources(cfg)
+    cfg.model.connector_weights, cfg.model.from_scratch = None, True
+    check_sources(cfg)
+    cfg.model.from_scratch = False
+    cfg.stage.start_from, cfg.model.llm, cfg.model.vision_weights = str(tmp_path), None, None
+    check_sources(cfg)
 
 
 @pytest.mark.parametrize("part", ["llm", "vision_weights", "connector_weights"])

@@ -15,6 +15,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from skipvision_train.commands import train
+from skipvision_train.config.validate import check_sources
+from skipvision_train.errors import ConfigError
 from skipvision_train.resources import resource_dir
 from skipvision_train.training.run import describe_stage
 
@@ -143,3 +145,27 @@ def test_rows_are_a_few_lines_and_name_themselves():
         assert f"experiment={name} --dry-run" in text
         assert len([line for line in text.splitlines() if line and line[0] != "#"]) <= 10
         assert yaml.safe_load(text)["trainer"]["output_dir"] == f"outputs/{name}"
+
+
+def test_the_commands_in_the_headers_give_all_weights(tmp_path):
+    """A fine-tuning without its pretraining is refused; what a header names is enough."""
+    names = [path.relative_to(EXPERIMENTS).with_suffix("").as_posix() for path in EXPERIMENTS.rglob("*.yaml")]
+    refused = []
+    for name in names:
+        cfg, header = composed(name), (EXPERIMENTS / f"{name}.yaml").read_text()
+        if cfg.stage.start_from is not None:
+            cfg.stage.start_from = str(tmp_path)
+            assert (cfg.model.llm, cfg.model.vision_weights) == (None, None), name
+        else:
+            cfg.model.llm = cfg.model.vision_weights = str(tmp_path)
+        trains = cfg.stage.lr.llm is not None and cfg.stage.start_from is None and not cfg.model.from_scratch
+        if not trains:
+            check_sources(cfg)
+            continue
+        with pytest.raises(ConfigError, match=r"^model\.connector_weights: null"):
+            check_sources(cfg)
+        assert "stage.start_from=" in header or "--dry-run" in header, name
+        refused.append(name)
+    assert {"sv_llava", "sv_cos", "llava_hd", "table2/sv_llava_100_156"} <= set(refused)
+    assert {"llava_pretrain", "cos_pretrain", "mqt_pretrain", "token_packer_pretrain"} <= set(names) - set(refused)
+    assert not [name for name in refused if name.startswith("sketches")]

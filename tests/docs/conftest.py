@@ -41,20 +41,18 @@ DONE = (
 
 
 def save_model(folder: Path) -> None:
-    """A model of 4 layers, as the demo's, under Skip-Vision's plan, and its processor."""
+    """A model of 4 layers, with the demo's tower and resampler, under Skip-Vision's plan, and its processor."""
     tokenizer = byte_tokenizer()
     text = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=DEPTH, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=None,
     )  # fmt: skip
-    vision = VisionConfig(
-        image_size=32, patch_size=4, width=32, layers=3, heads=2, mlp_ratio=2.0, quick_gelu=True, depths=(1, 2)
-    )
+    vision = VisionConfig(image_size=96, patch_size=16, width=128, layers=3, heads=4, depths=(2, 3))
     config = SkipVisionConfig(
         text_config=text,
         vision=vision,
-        connector=ResamplerConfig(windows=(8, 4, 2), queries=(2, 4, 16), head_dim=16),
-        reducer=ReducerConfig(local_keep=6),
+        connector=ResamplerConfig(windows=(6, 2, 1), queries=(4, 9, 36), head_dim=32),
+        reducer=ReducerConfig(local_keep=18),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         skip_plan=skip_ffn().bind(DEPTH).to_dict(),
     )

@@ -49,7 +49,8 @@ def test_language_model_directory_is_taken_over(tiny_config, tmp_path, form):
     assert (len(list((tmp_path / "llm").glob("*-of-*"))) > 1) == ("sharded" in form)
     assert bool(list((tmp_path / "llm").glob("*.safetensors"))) == (not form.endswith("bin"))
     model, report = build_model(tiny_config, llm=tmp_path / "llm")
-    assert (report.missing, report.unused) == ((), ())
+    assert report.unused == ()
+    assert set(report.missing) == {name for name in model.state_dict() if not name.startswith("language_model.")}
     for name, value in llm.state_dict().items():
         assert torch.equal(model.language_model.state_dict()[name], value), name
     ids = torch.randint(0, 320, (2, 9))
@@ -158,7 +159,7 @@ def test_stored_rotary_frequencies_are_reported_only(tiny_config, broken):
     directory = broken(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
     _, report = build_model(tiny_config, llm=directory)
     assert report.unused == ("language_model.model.layers.0.self_attn.rotary_emb.inv_freq",)
-    assert report.summary() == "missing 0, unused 1 (language_model 1)"
+    assert report.summary().endswith(", unused 1 (language_model 1)")
 
 
 def test_the_report_tells_the_parts_apart(config_factory, tmp_path):
@@ -184,13 +185,35 @@ def test_the_report_tells_the_parts_apart(config_factory, tmp_path):
     projector |= {f"model.mm_projector.{name}": torch.randn(32) for name in ("0.bias", "2.bias")}
     torch.save({**projector, "model.image_newline": torch.zeros(32)}, tmp_path / "mm_projector.bin")
     model, report = build_model(config, vision=tmp_path / "clip", connector=tmp_path / "mm_projector.bin")
-    assert report.missing == ()
+    assert set(report.missing) == {name for name in model.state_dict() if name.startswith("language_model.")}
     assert "connector.model.image_newline" in report.unused
     assert {"vision_tower.token_embedding.weight", "vision_tower.proj"} < set(report.unused)
     assert torch.equal(model.connector[2].weight, projector["model.mm_projector.2.weight"])
     assert torch.equal(model.vision_tower.conv1.weight, vision.visual.conv1.weight)
     unread = len(vision.state_dict()) - len(model.vision_tower.state_dict())
-    assert report.summary() == f"missing 0, unused {unread + 1} (connector 1, vision_tower {unread})"
+    assert report.summary() == (
+        f"missing {len(report.missing)} (language_model {len(report.missing)}), "
+        f"unused {unread + 1} (connector 1, vision_tower {unread})"
+    )
+
+
+def test_what_no_checkpoint_gives_is_reported(tiny_config, config_factory, tmp_path):
+    torch.manual_seed(0)
+    whole = SkipVisionForConditionalGeneration(tiny_config)
+    whole.save_pretrained(tmp_path / "own")
+    model, report = build_model(tiny_config)
+    assert report.missing == tuple(model.state_dict())
+    model, report = build_model(tiny_config, connector=tmp_path / "own")
+    assert {name.split(".")[0] for name in report.missing} == {"language_model", "vision_tower", "reducer"}
+    for name, value in whole.state_dict().items():
+        if name not in report.missing:
+            assert torch.equal(model.state_dict()[name], value), name
+    registers = config_factory(reducer=ReducerConfig(local_keep=6, registers=2))
+    save_language_model(tiny_config, tmp_path / "llm", "single")
+    _, report = build_model(registers, llm=tmp_path / "llm", connector=tmp_path / "own")
+    assert report.summary().startswith(f"missing {len(report.missing)} (reducer 3, vision_tower ")
+    assert report.names() == {"missing": list(report.missing), "unused": []}
+    assert "reducer.registers" in report.names()["missing"]
 
 
 def test_missing_language_model_is_named(tiny_config, tmp_path):

@@ -304,7 +304,7 @@ def test_an_own_directory_gives_its_connector(configured, tmp_path):
 
 
 def test_nothing_there(configured, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"nowhere: no weights; found none of model\.safetensors, .*mm_projector\.bin"
-    ):
-        read_projector(tmp_path / "nowhere", configured(MlpConfig()))
+    with pytest.raises(CheckpointError, match=r"nowhere\.bin: does not exist$"):
+        read_projector(tmp_path / "nowhere.bin", configured(MlpConfig()))
+    with pytest.raises(CheckpointError, match=r": no weights; found none of model\.safetensors, .*mm_projector\.bin"):
+        read_projector(tmp_path, configured(MlpConfig()))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,24 @@ def test_tensors_are_read_as_stored_and_copied_as_fp32(stored):
     for name in floats:
         assert own[name].dtype == torch.float32
         assert torch.equal(own[name], state[name].float())
+
+
+def test_without_contents_tensors_have_shape_and_type_alone(stored, reads):
+    weights, state = stored
+    for name, tensor in replace(weights, contents=False).read(["a", "b", "c", "d.e"]).items():
+        assert (tensor.device.type, tensor.shape, tensor.dtype) == ("meta", state[name].shape, state[name].dtype)
+    assert reads == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_told(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=rf"{name}: a git-lfs pointer, .*; run `git lfs pull` in its repository$"):
+        WeightFiles.open(tmp_path)
+    if name.endswith(".json"):
+        with pytest.raises(CheckpointError, match=r"git lfs pull"):
+            read_json(tmp_path / name)
 
 
 @pytest.mark.parametrize(

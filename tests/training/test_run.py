@@ -236,7 +236,9 @@ def test_full_disk_at_the_very_end(make_cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(StageTrainer, "save_model", limited)
     with pytest.raises(CheckpointError, match=r"run/model\.partial: cannot be written"):
         run_stage(cfg)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "data.json", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml", "data.json", "metrics.jsonl", "weights.json"
+    }  # fmt: skip
 
 
 def test_bf16(make_cfg):
