@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pickle
 import socket
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import two_processes
 
 from skipvision_train.errors import ConfigError, TrainingError
 from skipvision_train.training.callbacks import read_metrics
@@ -19,22 +16,6 @@ from skipvision_train.training.guards import BatchLoss, LossSpikes, NonfiniteGua
 from skipvision_train.training.ranks import check_started_alike, differences
 from skipvision_train.training.run import run_stage
 from tests.support.faulty_stage import FAULTY_STEP, Poison
-
-SCRIPT = Path(__file__).parents[1] / "support" / "faulty_stage.py"
-
-
-def launch_faulty(cfg, fault, folder):
-    """Two processes by torchrun."""
-    (folder / "cfg.pkl").write_bytes(pickle.dumps(cfg))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        ["torchrun", "--nproc_per_node=2", f"--master_port={port}", str(SCRIPT), "cfg.pkl", fault, str(folder)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
 
 
 def lines_of(cfg):
@@ -79,7 +60,7 @@ def test_all_ranks_leave_out_the_step_of_one(make_cfg, tmp_path, engine):
         "zero3": ("deepspeed.stage=3", "deepspeed.persistence_threshold=0"),
     }
     cfg = make_cfg("trainer.save_every=0", "trainer.per_device_batch=1", *zero[engine])
-    done = launch_faulty(cfg, "poison", tmp_path)
+    done = two_processes("faulty_stage.py", cfg, "poison", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
         assert json.loads((tmp_path / f"rank-{rank}.json").read_text()) == {"weights": True, "moments": True}
@@ -88,7 +69,7 @@ def test_all_ranks_leave_out_the_step_of_one(make_cfg, tmp_path, engine):
 
 @pytest.mark.distributed
 def test_ranks_with_different_configurations_are_told_apart_before_training(make_cfg, tmp_path):
-    done = launch_faulty(make_cfg(), "configuration", tmp_path)
+    done = two_processes("faulty_stage.py", make_cfg(), "configuration", tmp_path)
     assert done.returncode != 0
     expected = "error: rank 0 and rank 1 were started with different stage.weight_decay 0.0 and 0.125"
     assert done.stderr.count(expected) == 2  # both ranks say it, none waits
@@ -97,7 +78,9 @@ def test_ranks_with_different_configurations_are_told_apart_before_training(make
 
 @pytest.mark.distributed
 def test_a_stuck_rank_is_named(make_cfg, tmp_path):
-    done = launch_faulty(make_cfg("trainer.guards.stuck_after=20", "trainer.save_every=0"), "hang", tmp_path)
+    done = two_processes(
+        "faulty_stage.py", make_cfg("trainer.guards.stuck_after=20", "trainer.save_every=0"), "hang", tmp_path
+    )
     assert done.returncode != 0
     assert f"forward of step {FAULTY_STEP + 1}" in done.stderr or f"other of step {FAULTY_STEP + 1}" in done.stderr
     assert "stuck: rank 1; the others wait for it" in done.stderr

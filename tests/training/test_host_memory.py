@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launched import two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +20,6 @@ from skipvision_train.training.export import masters
 from skipvision_train.training.lora import add_adapters
 from skipvision_train.training.memory import weights_dtype
 
-SCRIPT = Path(__file__).parents[1] / "support" / "loaded_stage.py"
 ZERO2 = ("deepspeed.stage=2", "trainer.precision=bf16")
 ZERO3 = ("deepspeed.stage=3", "deepspeed.persistence_threshold=0", "trainer.precision=bf16")
 
@@ -77,16 +71,7 @@ def grown(make_cfg, parts):
 
 def train(cfg, how, folder):
     """Two processes by torchrun; returns the types that the weights were loaded in."""
-    (folder / "cfg.pkl").write_bytes(pickle.dumps(cfg))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        ["torchrun", "--nproc_per_node=2", f"--master_port={port}", str(SCRIPT), "cfg.pkl", how, str(folder)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
+    done = two_processes("loaded_stage.py", cfg, how, folder)
     assert done.returncode == 0, done.stderr[-6000:]
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("types-*.json"))]
     assert len(found) == 2
