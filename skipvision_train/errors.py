@@ -26,3 +26,12 @@ class PlanError(SkipVisionError):
 
 class TrainingError(SkipVisionError):
     """Training that cannot go on: numbers that are not finite, too little memory, processes that do not fit."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line: its first line, all of them where that one ends in a
+    colon, or the exception's type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]

@@ -23,7 +23,7 @@ from skipvision_train.data.processor import Example, SkipVisionProcessor
 from skipvision_train.data.prompts import parse_object, parse_prompt, prompt_lines
 from skipvision_train.data.records import ImageRef, Record, Turn
 from skipvision_train.data.templates import IGNORED
-from skipvision_train.errors import ConfigError, DataError
+from skipvision_train.errors import ConfigError, DataError, first_line
 from skipvision_train.evaluation.evaluate import file_images
 from skipvision_train.inference.decoding import on_device
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
@@ -215,8 +215,9 @@ def prompt_samples(
         except ConfigError:
             raise
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{_named(record)}: {type(processor).__name__} cannot write it: {reason}") from error
+            raise DataError(
+                f"{_named(record)}: {type(processor).__name__} cannot write it: {first_line(error)}"
+            ) from error
         answer = _answer_ids(processor, record) if positions == "answer" else []
         samples.append(_sample(record, on_device(model, _extended(inputs, answer)), len(answer)))
     return samples

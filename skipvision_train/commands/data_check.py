@@ -146,15 +146,15 @@ def _of_checkpoint(cfg: Config, checkpoint: str) -> Measure:
 
     from skipvision_train.config.plans import build_plan
     from skipvision_train.data.check import Measure
-    from skipvision_train.data.processor import SkipVisionProcessor
-    from skipvision_train.inference.loading import check_model_directory
+    from skipvision_train.inference.loading import check_model_directory, load_processor, readable
     from skipvision_train.models.configuration import SkipVisionConfig
 
     check_model_directory(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    with readable(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     if not isinstance(config, SkipVisionConfig):
         raise CheckpointError(f"checkpoint: {checkpoint} holds a {config.model_type} model, not a Skip-Vision one")
-    processor = SkipVisionProcessor.from_pretrained(checkpoint)
+    processor = load_processor(checkpoint)
     own = config.plan_or_dense()
     plan = build_plan(cfg.plan or PlanSpec("own"), own.num_layers, own=own)
     config.skip_plan = None if plan.is_dense else plan.to_dict()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipvision_train.config.specs import TrainConfig
-from skipvision_train.errors import CheckpointError, ConfigError, DataError
+from skipvision_train.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,9 +96,10 @@ def open_encoder(cfg: Config) -> Encoder:
         SkipVisionError: model, tokenizer and template do not fit each other, or are not there.
     """
     from skipvision_train.data.preview import Encoder
+    from skipvision_train.inference.loading import load_processor
 
     if cfg.checkpoint is not None:
-        processor = _processor_of(cfg.checkpoint)
+        processor = load_processor(cfg.checkpoint)
         template = processor.template
     else:
         processor, template = _processor(cfg), cfg.stage.template
@@ -119,18 +120,6 @@ def _processor(cfg: Config) -> SkipVisionProcessor:
         return SkipVisionProcessor.from_config(model_config(cfg, tokenizer), tokenizer, cfg.stage.template)
     except DataError as error:
         raise ConfigError(f"stage.template: {error}") from error
-
-
-def _processor_of(checkpoint: str) -> SkipVisionProcessor:
-    from skipvision_train.data.processor import SkipVisionProcessor
-    from skipvision_train.inference.loading import check_model_directory
-
-    check_model_directory(checkpoint, "processor_config.json")
-    try:
-        return SkipVisionProcessor.from_pretrained(checkpoint)
-    except (OSError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"checkpoint: {checkpoint} has no processor of a Skip-Vision model: {reason}") from error
 
 
 def facts(cfg: Config, records: Mixture | Streams, encoder: Encoder) -> dict[str, str]:

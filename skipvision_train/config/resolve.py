@@ -17,7 +17,7 @@ from skipvision_train.config.plans import build_plan
 from skipvision_train.config.specs import ModelSpec, SkipSpec, TrainConfig
 from skipvision_train.data.placeholder import free, listed, taken
 from skipvision_train.data.templates.pieces import find_token
-from skipvision_train.errors import CheckpointError, ConfigError, PlanError
+from skipvision_train.errors import CheckpointError, ConfigError, PlanError, first_line
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.connector_settings import (
     CONNECTORS,
@@ -25,6 +25,7 @@ from skipvision_train.models.connector_settings import (
     build_connector_config,
     connector_kind,
 )
+from skipvision_train.models.weights import check_pointers
 from skipvision_train.plans.methods import ffn_skip, vskip
 from skipvision_train.plans.plan import SkipPlan, compose
 
@@ -61,13 +62,15 @@ def _read_config(path: str, directory: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         _check_there(path, directory)
-        raise CheckpointError(f"{path}: {directory} has no readable config.json: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: {directory} has no readable config.json: {first_line(error)}") from error
 
 
 def _check_there(path: str, directory: str) -> None:
-    """Refuse a path that leads nowhere; asked after a failure alone, since names of a filled hub cache are none."""
+    """Refuse a path that leads nowhere or to git-lfs pointers; asked after a failure alone, since names of a filled hub
+    cache are no paths."""
     if not Path(directory).exists():
         raise CheckpointError(f"{path}: {directory} does not exist")
+    check_pointers(Path(directory))
 
 
 def load_tokenizer(cfg: TrainConfig) -> PreTrainedTokenizerBase | None:
@@ -89,7 +92,7 @@ def load_tokenizer(cfg: TrainConfig) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError) as error:
         _check_there(path, directory)
         other = "" if path == "model.tokenizer" else "; name one as model.tokenizer"
-        raise CheckpointError(f"{path}: {directory} holds no tokenizer: {_first_line(error)}{other}") from error
+        raise CheckpointError(f"{path}: {directory} holds no tokenizer: {first_line(error)}{other}") from error
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase | None, token: str, template: str) -> int:
@@ -140,7 +143,7 @@ def connector_config(values: Mapping[str, Any]) -> ConnectorConfig:
         if (left := _left_over(kind, fields)) is not None:
             raise ConfigError(left) from error
         known = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise ConfigError(f"connector.{error.full_key}: {_first_line(error)}; the fields are {known}") from error
+        raise ConfigError(f"connector.{error.full_key}: {first_line(error)}; the fields are {known}") from error
     return build_connector_config(values)
 
 
@@ -279,7 +282,3 @@ def check_vision_facts(model: ModelSpec, facts: dict[str, Any], source: str) -> 
 def source_path(value: str | None) -> Path | None:
     """A path, or None."""
     return None if value is None else Path(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from skipvision_train.errors import ConfigError, DataError
+from skipvision_train.errors import ConfigError, DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -315,4 +315,4 @@ def from_hub(location: str, split: str | None, streaming: bool = False) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]

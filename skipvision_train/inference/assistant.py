@@ -19,7 +19,7 @@ from skipvision_train.adapters.prompts import PromptReader
 from skipvision_train.analysis.flops import sequence_flops
 from skipvision_train.config.plans import PlanSpec, build_plan, load_bank
 from skipvision_train.data.collate import collate
-from skipvision_train.errors import ConfigError, DataError
+from skipvision_train.errors import ConfigError, DataError, first_line
 from skipvision_train.inference.conversation import Conversation, Picture
 from skipvision_train.inference.decoding import Generated, Sampling, TextPieces, generate, on_device
 from skipvision_train.inference.likelihood import Likelihood, answer_ids, chat_answer_ids, continuation_likelihoods
@@ -223,8 +223,9 @@ class Assistant:
         except ConfigError:
             raise
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"conversation: {type(self.processor).__name__} cannot write it: {reason}") from error
+            raise DataError(
+                f"conversation: {type(self.processor).__name__} cannot write it: {first_line(error)}"
+            ) from error
         return on_device(self.model, inputs)
 
     @property

@@ -20,10 +20,11 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from skipvision_train.config.plans import PlanSpec, build_plan, load_bank
 from skipvision_train.data.processor import SkipVisionProcessor
-from skipvision_train.errors import CheckpointError, ConfigError, SkipVisionError
+from skipvision_train.errors import CheckpointError, ConfigError, SkipVisionError, first_line
 from skipvision_train.models.configuration import SkipVisionConfig
 from skipvision_train.models.identity import model_hash
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
+from skipvision_train.models.weights import check_pointers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,20 +46,48 @@ def load_for_inference(
         ConfigError: a plan that does not fit the model, or a plan file that is none.
         PlanError: a plan bank of another model.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
+    dtype, where = _dtype(precision), choose_device(device)
     check_model_directory(checkpoint)
-    dtype = "auto" if precision is None else PRECISIONS[precision]
-    try:
-        with _bars_on_terminals():
-            model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint: {checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+    with readable(checkpoint), _bars_on_terminals():
+        model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    processor = load_processor(checkpoint)
     if plan is not None and plan.method == "bank":
         load_bank(plan, model_hash(model))
     own = model.config.plan_or_dense()
     model.set_plan(build_plan(plan or PlanSpec("own"), own.num_layers, own=own))
-    return model.to(choose_device(device)).eval(), SkipVisionProcessor.from_pretrained(checkpoint)
+    with readable(checkpoint):  # a GPU too small for it, too
+        return model.to(where).eval(), processor
+
+
+def load_processor(checkpoint: str) -> SkipVisionProcessor:
+    """The processor of one of our model directories.
+
+    Raises:
+        CheckpointError: the directory has none, or that of another model.
+    """
+    check_model_directory(checkpoint, "processor_config.json")
+    with readable(checkpoint):
+        try:
+            return SkipVisionProcessor.from_pretrained(checkpoint)
+        except TypeError as error:
+            reason = f"has no processor of a Skip-Vision model: {error}"
+            raise CheckpointError(f"checkpoint: {checkpoint} {reason}") from error
+
+
+@contextmanager
+def readable(checkpoint: str) -> Iterator[None]:
+    """Reading a model directory: what transformers, safetensors and tokenizers raise becomes one line.
+
+    Raises:
+        CheckpointError: the directory cannot be read; names the file if it is a git-lfs pointer.
+    """
+    try:
+        yield
+    except SkipVisionError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        check_pointers(Path(checkpoint))
+        raise CheckpointError(f"checkpoint: {checkpoint} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
@@ -85,6 +114,12 @@ def check_model_directory(path: str, file: str = "config.json") -> None:
         return
     hint = f"; {folder / 'model'} has one" if (folder / "model" / file).is_file() else ""
     raise CheckpointError(f"checkpoint: {path} is no model directory: it has no {file}{hint}")
+
+
+def _dtype(precision: str | None) -> torch.dtype | str:
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
+    return "auto" if precision is None else PRECISIONS[precision]
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -132,18 +167,10 @@ def load_model(
             f"checkpoint: {path} holds a model of text ({kind}), which sees no images; give one of ours, or a "
             "vision-language model of transformers"
         )
-    try:
-        if is_ours:
-            return *load_for_inference(path, None, device, precision), True
-        with _bars_on_terminals():
-            return *_load_other(path, device, precision), False
-    except SkipVisionError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()  # of transformers' advice only the first line says what is wrong
-        raise CheckpointError(
-            f"checkpoint: {path} cannot be loaded: {reason[0] if reason else type(error).__name__}"
-        ) from error
+    if is_ours:
+        return *load_for_inference(path, None, device, precision), True
+    with readable(path), _bars_on_terminals():
+        return *_load_other(path, device, precision), False
 
 
 def _model_type(path: str) -> str:
@@ -156,12 +183,10 @@ def _model_type(path: str) -> str:
 
 
 def _load_other(path: str, device: str | None, precision: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    if precision is not None and precision not in PRECISIONS:
-        raise ConfigError(f"precision: {precision!r} is unknown; use one of {', '.join(PRECISIONS)}, or null")
     where = choose_device(device)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         path,
-        dtype="auto" if precision is None else PRECISIONS[precision],
+        dtype=_dtype(precision),
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from skipvision_train.errors import CheckpointError
+from skipvision_train.errors import CheckpointError, first_line
 
 INDEX = ".index.json"
 DIRECTORY_FILES = (
@@ -227,6 +227,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_pointers(path: Path) -> None:
+    """Name the first file in a directory (or the file itself) that is a git-lfs pointer; asked after a load failed.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            _check_pointer(file)
+
+
 def _check_pointer(file: Path) -> None:
     """Refuse what a clone without git-lfs has in the place of a large file; other faults are the reader's to name."""
     try:
@@ -305,8 +316,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
                 f"{file}: no plain file of tensors: it holds other pickled objects, which are never loaded, or is "
                 "damaged"
             ) from error
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: damaged or truncated: {line}") from error
+        raise CheckpointError(f"{file}: damaged or truncated: {first_line(error)}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file}: expected a dict of tensors")

@@ -1,5 +1,7 @@
 """What is calibrated: loading our model or one of transformers, and the hash that tells models apart."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +10,7 @@ from torch import nn
 
 from skipvision_train.calibration.samples import prompt_samples
 from skipvision_train.errors import CheckpointError, ConfigError
-from skipvision_train.inference.loading import choose_device, load_model
+from skipvision_train.inference.loading import choose_device, load_for_inference, load_model
 from skipvision_train.models.identity import model_hash
 from skipvision_train.plans import vskip
 
@@ -43,9 +45,9 @@ def test_a_directory_of_ours_is_loaded(own_model, own_processor, tmp_path):
     assert model_hash(model) == model_hash(own_model)
 
 
-def lose_a_tensor(directory):
+def lose(directory, ending):
     tensors = load_file(directory / "model.safetensors")
-    del tensors[next(name for name in tensors if name.endswith("lm_head.weight"))]
+    del tensors[next(name for name in tensors if name.endswith(ending))]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
@@ -63,7 +65,7 @@ BROKEN = {
     "model type `nope`": lambda directory: (directory / "config.json").write_text('{"model_type": "nope"}'),
     "no file named model.safetensors": lambda directory: (directory / "model.safetensors").unlink(),
     "cannot be loaded": cut_the_weights,
-    "lacks lm_head.weight": lose_a_tensor,
+    "lacks lm_head.weight": lambda directory: lose(directory, "lm_head.weight"),
     "image processor": lambda directory: (directory / "processor_config.json").unlink(),
 }
 
@@ -73,6 +75,31 @@ def test_a_directory_that_is_no_whole_model_is_refused(llava_directory, message)
     BROKEN[message](llava_directory)
     with pytest.raises(CheckpointError, match=r"checkpoint: .*llava") as caught:
         load_model(str(llava_directory), "cpu")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9085657\n"
+
+BROKEN_OF_OURS = {
+    "cannot be loaded: Error while deserializing header": cut_the_weights,
+    "missing keys: connector.": lambda directory: lose(directory, "queries"),
+    "model.safetensors: a git-lfs pointer": lambda directory: (directory / "model.safetensors").write_text(POINTER),
+    "tokenizer.json: a git-lfs pointer": lambda directory: (directory / "tokenizer.json").write_text(POINTER),
+    "(1) a `tokenizers` library": lambda directory: (directory / "tokenizer.json").unlink(),
+    "it has no processor_config.json": lambda directory: (directory / "processor_config.json").unlink(),
+    "has no processor of a Skip-Vision model": lambda directory: (directory / "processor_config.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("load", [load_model, load_for_inference])
+@pytest.mark.parametrize("message", BROKEN_OF_OURS)
+def test_a_directory_of_ours_that_is_damaged_is_refused(own_model, own_processor, tmp_path, message, load):
+    own_model.save_pretrained(tmp_path)
+    own_processor.save_pretrained(tmp_path)
+    BROKEN_OF_OURS[message](tmp_path)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))) as caught:
+        load(str(tmp_path), device="cpu")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

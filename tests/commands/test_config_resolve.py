@@ -121,3 +121,6 @@ def test_a_path_that_leads_nowhere(path, tmp_path):
     (tmp_path / "nope").mkdir()
     with pytest.raises(CheckpointError, match=rf"^{path}: {tmp_path}/nope holds no tokenizer: "):
         load_tokenizer(cfg)
+    (tmp_path / "nope" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/nope/tokenizer.json: a git-lfs pointer"):
+        load_tokenizer(cfg)
