@@ -4,8 +4,8 @@ cos       49 tokens of the resampler; 36 of them skip and are merged to 18
 llava     36 patches; 6 are retained by the class token's attention, 30 skip and are merged to 10
 llava_hd  a global view and four tiles of 16 tokens; the tiles' 64 skip and are merged to 16
 
-Per setting one pretraining (captions, dense), from which every seed's dense and Skip-Vision fine-tuning start. Seeds
-change the order of the data and the weights that start random.
+Per setting one pretraining (captions, dense), from which every seed's dense and Skip-Vision fine-tuning start, or with
+``--own-pretraining`` one per seed. Seeds change the order of the data and the weights that start random.
 
 python benchmarks/settings_study.py --data outputs/demo/data
 python benchmarks/settings_study.py --data ... --settings cos --seeds 0 --pretrain-steps 200 --steps 100   # shorter
@@ -55,19 +55,25 @@ def evaluate(args: argparse.Namespace, run: str) -> EvaluationResult:
     return EvaluationResult.load(folder / "evaluation.json")
 
 
-def run_setting(args: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
-    """Train and evaluate a setting; one row per arrangement."""
-    pretraining, *finetunings = EXPERIMENTS[setting]
-    start = f"{setting}/pretrain"
+def pretrained(args: argparse.Namespace, setting: str, seed: int) -> Path:
+    """The model that a seed's fine-tunings start from. That of seed 0 is the one that all share otherwise."""
+    own = bool(args.own_pretraining and seed)
+    run = f"{setting}/pretrain_{seed}" if own else f"{setting}/pretrain"
     llm = f"model.llm={args.data}/start/llm"
     vision = (f"model.vision_weights={args.data}/start/vision",) if setting == "cos" else ()
-    train(args, start, pretraining, args.pretrain_steps, llm, *vision)
+    train(args, run, EXPERIMENTS[setting][0], args.pretrain_steps, llm, *vision, *([f"trainer.seed={seed}"] * own))
+    return Path(args.output / run / "model")
+
+
+def run_setting(args: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
+    """Train and evaluate a setting; one row per arrangement."""
+    begins = [pretrained(args, setting, seed) for seed in args.seeds]
     rows = []
-    for arrangement, experiment in zip(ARRANGEMENTS, finetunings, strict=True):
-        runs = [f"{setting}/{experiment}_{seed}" for seed in args.seeds]
-        for run, seed in zip(runs, args.seeds, strict=True):
-            begin = f"stage.start_from={args.output / start / 'model'}"
-            train(args, run, experiment, args.steps, begin, f"trainer.seed={seed}")
+    for arrangement, experiment in zip(ARRANGEMENTS, EXPERIMENTS[setting][1:], strict=True):
+        own = "_own" if args.own_pretraining else ""
+        runs = [f"{setting}/{experiment}_{seed}{own if seed else ''}" for seed in args.seeds]
+        for run, begin, seed in zip(runs, begins, args.seeds, strict=True):
+            train(args, run, experiment, args.steps, f"stage.start_from={begin}", f"trainer.seed={seed}")
         results = [evaluate(args, run) for run in runs]
         rows.append(summary(args, setting, arrangement, runs, results))
     return rows
@@ -82,19 +88,27 @@ def summary(
         right = [p.correct for result in results for p in result.predictions if p.task == task]
         tasks[task] = accuracy(sum(right), len(right))
     means = [result.scores.mean.value for result in results]
-    logged = [line for run in runs for line in read_metrics(args.output / run / "metrics.jsonl")]
-    speeds = [line["samples_per_second"] for line in logged if "samples_per_second" in line]  # the first line has none
     return {
         "setting": setting,
         "arrangement": arrangement,
         "tasks": {task: [score.value, score.low, score.high] for task, score in tasks.items()},
-        "mean": statistics.fmean(means),
         "seeds": means,
-        "deviation": statistics.stdev(means) if len(means) > 1 else None,
         "flops": statistics.fmean(training_flops(args.output / run) for run in runs),
-        "samples_per_second": statistics.median(speeds),
+        "samples_per_second": [speed(args.output / run) for run in runs],
         "tokens": results[0].cost.tokens,
     }
+
+
+def speed(run: Path) -> float:
+    """Samples per second: the median of the logged ones. The first line has none."""
+    logged = read_metrics(run / "metrics.jsonl")
+    return statistics.median(line["samples_per_second"] for line in logged if "samples_per_second" in line)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation of the seeds."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -106,12 +120,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     dense = {row["setting"]: row for row in rows if row["arrangement"] == "dense"}
     for row in rows:
-        spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
         cells = [f"{100 * v:.1f} ({100 * low:.1f} to {100 * high:.1f})" for v, low, high in row["tasks"].values()]
-        share, speed = (row[key] / dense[row["setting"]][key] for key in ("flops", "samples_per_second"))
+        base = dense[row["setting"]]
+        pairs = zip(row["samples_per_second"], base["samples_per_second"], strict=True)
+        mean, times = spread([100 * v for v in row["seeds"]], 1), spread([own / other for own, other in pairs], 2)
+        share = row["flops"] / base["flops"]
         lines.append(
-            f"| {row['setting']} | {row['arrangement']} | {100 * row['mean']:.1f}{spread} | {' | '.join(cells)} "
-            f"| {share:.3f} | {speed:.2f} |"
+            f"| {row['setting']} | {row['arrangement']} | {mean} | {' | '.join(cells)} | {share:.3f} | {times} |"
         )
     return "\n".join(lines)
 
@@ -122,6 +137,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/settings_study"))
     parser.add_argument("--settings", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--own-pretraining", action="store_true", help="every seed pretrains for itself, too")
     parser.add_argument("--pretrain-steps", type=int, help="fewer than the experiment's")
     parser.add_argument("--steps", type=int, help="of fine-tuning; fewer than the experiment's")
     parser.add_argument("--limit", type=int, help="questions per task")
