@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import expanduser
+from statistics import median
 from typing import TextIO
 
 from PIL import Image
@@ -99,7 +100,8 @@ def figures(reply: Reply, flops: float) -> str:
 def compare(assistant: Assistant, conversation: Conversation, sampling: Sampling) -> Iterator[str]:
     """The same question under the assistant's plan and dense: both answers, then a table of what they took.
 
-    Each runs once for a few tokens before it is timed. FLOPs are the decoder layers'.
+    Each runs once for a few tokens before it is timed. The first token's time is the median of three turns, in which
+    the plans take each other's place, so that a moment of other work does not decide. FLOPs are the decoder layers'.
 
     Raises:
         DataError: the conversation cannot be asked.
@@ -107,15 +109,18 @@ def compare(assistant: Assistant, conversation: Conversation, sampling: Sampling
     plans = [assistant.plan, dense().bind(assistant.plan.num_layers)]
     names = [plan.name for plan in plans]
     first = Sampling(max_new_tokens=min(2, sampling.max_new_tokens))
-    for plan in plans:
+    turns: list[list[Reply]] = []
+    for length in (first, first, first, sampling):
+        turns.append([])
+        for plan in plans:
+            with assistant.under(plan):
+                turns[-1].append(assistant.reply(conversation, length))
+    flops = []
+    for plan, reply in zip(plans, turns[-1], strict=True):
         with assistant.under(plan):
-            assistant.reply(conversation, first)
-    replies: list[Reply] = []
-    flops: list[float] = []
-    for plan in plans:
-        with assistant.under(plan):
-            replies.append(assistant.reply(conversation, sampling))
-            flops.append(assistant.prefill_flops(replies[-1].prompt))
+            flops.append(assistant.prefill_flops(reply.prompt))
+    times = [median(reply.first_token_ms for reply in column) for column in zip(*turns[1:], strict=True)]
+    replies = [replace(reply, first_token_ms=time) for reply, time in zip(turns[-1], times, strict=True)]
     for name, reply in zip(names, replies, strict=True):
         yield f"{name}:\n{reply.text}\n"
     yield from _table(names, _rows(replies, flops))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from watched import make_ours
 from skipvision_train import cli
 from skipvision_train.analysis.flops import sequence_flops
 from skipvision_train.inference import Assistant, Conversation, Reply, Sampling
-from skipvision_train.inference.terminal import Chat, Screen, _table, figures
+from skipvision_train.inference.terminal import Chat, Screen, _table, compare, figures
 from skipvision_train.plans import TokenKind, dense, skip_ffn, vskip
 
 LENGTH = "max_new_tokens=6"
@@ -124,6 +125,23 @@ def test_two_plans_side_by_side(command, folder, ours):
     assert rows["prefill GFLOPs"][2] == f"{own[1] / whole[1]:.2f}"
     assert own[1] < whole[1]
     assert rows["KV cache MiB at the end"][2] == f"{own[0].kv_bytes / whole[0].kv_bytes:.2f}"
+
+
+def test_one_slow_moment_does_not_decide_between_two_plans(ours, folder, monkeypatch):
+    """The first turn warms up; of the others the median counts. Only the last answers are shown."""
+    asked = Conversation().ask("Why?", [folder / "0.png"])
+    times = iter([900, 800, 10, 20, 700, 22, 12, 600])  # plan and dense, turn by turn
+    lengths, reply = [], ours.reply
+
+    def timed(conversation, sampling):
+        lengths.append((ours.plan.name, sampling.max_new_tokens))
+        return replace(reply(conversation, sampling), first_token_ms=next(times))
+
+    monkeypatch.setattr(ours, "reply", timed)
+    rows = [line.split() for line in compare(ours, asked, SHORT)]
+    assert ["first", "token", "ms", "12.0", "22.0", "0.55"] in rows
+    names = [ours.own_plan.name, "dense"]
+    assert lengths == [(name, length) for length in (2, 2, 2, SHORT.max_new_tokens) for name in names]
 
 
 # --- a file --------------------------------------------------------------------------------------------------------
