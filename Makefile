@@ -27,7 +27,7 @@ test: install
 $(LMMS_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(LMMS_VENV)
 	$(LMMS_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(LMMS_VENV)/bin/python -m pip install --quiet --group lmms-eval 'pytest>=8.3'
+	$(LMMS_VENV)/bin/python -m pip install --quiet --group lmms-eval 'pytest>=8.3' 'hypothesis>=6.130'
 	$(LMMS_VENV)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 

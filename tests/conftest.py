@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig
 
 from skipvision_train.models.configuration import SkipVisionConfig
@@ -19,6 +20,8 @@ from skipvision_train.models.connector_settings import ResamplerConfig
 from skipvision_train.models.settings import ReducerConfig, VisionConfig
 
 torch.set_num_threads(1)
+settings.register_profile("no clock", deadline=None)  # how long an example takes says nothing on a machine in use
+settings.load_profile("no clock")
 
 
 def make_text_config(num_hidden_layers: int = 3, vocab_size: int = 320) -> LlamaConfig:

@@ -90,7 +90,7 @@ def test_similarity_marks_the_means():
 
 
 @given(st.lists(st.lists(st.floats(-1, 1), min_size=1, max_size=20), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_similarity_is_drawn_until_no_density_is_seen(levels):
     named = {str(i): values for i, values in enumerate(levels)}
     (axes,) = similarity_density(named, {name: float(np.mean(values)) for name, values in named.items()}).axes

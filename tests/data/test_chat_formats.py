@@ -162,7 +162,7 @@ def conversations(draw, pairs=3):
     return sample, images
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     conversation=conversations(),
     name=st.sampled_from(TEMPLATES),

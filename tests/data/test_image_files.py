@@ -222,7 +222,7 @@ def test_jpegs_are_decoded_smaller_on_demand(picture, size, factor):
     assert small.size == tuple(-(-side // factor) for side in size)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 500), st.integers(1, 500), st.sampled_from(["none", "aspect", "square"]))
 def test_what_is_decoded_smaller_has_the_same_tiles(width, height, mode):
     tiling = TilingConfig(mode, 4)

@@ -102,7 +102,7 @@ def test_a_template_set_later_is_used(turns):
     assert before != after == get_template("chatml").encode(turns("a", "b"), tokenizer, [], 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     name=st.sampled_from(["zephyr", "llama2", "llama3.2"]),
     kind=st.sampled_from(list(EXACT)),

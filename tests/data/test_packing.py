@@ -63,7 +63,7 @@ def fewest(lengths):
     return place(lengths, [])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, CAPACITY), min_size=1, max_size=7))
 def test_close_to_the_least_number_of_bins(lengths):
     assert fewest(lengths) <= len(pack(np.array(lengths), CAPACITY)) <= fewest(lengths) + 1

@@ -115,7 +115,7 @@ def test_control_tokens_are_told_from_their_spelling(config_factory, turns, reco
     assert text.replace(" ", "") == "user\n<|im_start|><|im_end|>\nassistant\n<|im_end|>\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(TOKENIZERS)), text=st.text(max_size=20))
 def test_texts_of_tokens_add_up_to_the_text(name, text):
     tokenizer = TOKENIZERS[name]()

@@ -33,7 +33,7 @@ def test_layout_of_an_image(processor, config, image_id, turns, picture):
     assert torch.equal(example.pixel_values, to_pixels([picture()], config.vision_config))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     questions=st.lists(st.lists(st.sampled_from(["<image>", " word ", "!", "\n"]), max_size=5), min_size=1, max_size=3),
     keep=st.integers(1, 16),

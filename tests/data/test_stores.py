@@ -27,7 +27,7 @@ from skipvision_train.data.stores import RecordStore, container_of, open_entries
 from skipvision_train.data.tables import DatasetEntries
 from skipvision_train.errors import ConfigError, DataError
 
-FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def stored(path, form="llava", root="/images", **options):

@@ -109,7 +109,7 @@ def test_lanes_divide_a_round(write_lines, lanes):
     assert ("fewer than" in next(streams.lines(lanes))) == (lanes == 6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_an_order_begins_anywhere(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("skip")

@@ -188,7 +188,7 @@ def test_a_tokenizer_without_the_control_tokens_is_named(turns):
             LLAMA3.encode_prompt(turns("a"), other, [], 0)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     questions=st.lists(st.text(max_size=12).filter(lambda t: "<image>" not in t), min_size=1, max_size=3),
     answer=st.text(min_size=1, max_size=12).filter(lambda t: t.strip() and "<image>" not in t),

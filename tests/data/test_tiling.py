@@ -38,14 +38,14 @@ def slow_grid(width, height, max_tiles, side):
     return max(filled, key=math.prod) if filled else min(closest, key=math.prod)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 30), st.sampled_from([14, 336, 448]))
 def test_the_aspect_rule_equals_a_brute_force(width, height, max_tiles, side):
     tiling = TilingConfig("aspect", max_tiles)
     assert tile_grid(width, height, tiling, side) == slow_grid(width, height, max_tiles, side)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 30), st.data())
 def test_the_aspect_rule_where_grids_are_equally_close(max_tiles, data):
     """Sizes that random ones hardly hit: exactly a grid's ratio, or halfway between those of two grids."""
@@ -92,7 +92,7 @@ def test_an_image_without_pixels_is_refused(tiling):
         to_tiles(Image.new("RGB", (5, 0)), VISION, tiling)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 90), st.integers(1, 90), tilings)
 def test_counts_agree(width, height, tiling):
     tiles = to_tiles(Image.new("RGB", (width, height), "red"), VISION, tiling)
@@ -199,7 +199,7 @@ def test_the_fast_resizer_differs_by_rounding_alone(picture, tiling, size):
     assert levels.mean() < 0.02
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 5000), st.integers(1, 5000), tilings, st.sampled_from([14, 336]))
 @example(28, 67, ASPECT, 14)  # 1 x 2 tiles, but at half the size, 14 x 34, 1 x 3 would be closer
 def test_the_draft_factor_leaves_resizing_something_to_shrink(width, height, tiling, side):
@@ -237,7 +237,7 @@ def test_the_draft_factor_by_hand(size, tiling, factor):
 RESIZES = {Image.Resampling.BICUBIC: resize_pillow, Image.Resampling.LANCZOS: resize_lanczos}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 70), st.sampled_from(list(RESIZES)), st.integers(0, 9))
 def test_fitting_equals_padding_first_bit_for_bit(width, height, side, resample, seed):
     levels = np.random.default_rng(seed).integers(0, 2, (height, width, 3), dtype=np.uint8) * 255

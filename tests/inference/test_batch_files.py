@@ -287,7 +287,7 @@ def test_long_prompts_run_first(tmp_path):
     assert [len(line["answer"]) for line in read_lines(tmp_path / "a.jsonl")] == [2, 9, 5, 7]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
     batch_size=st.integers(1, 4),

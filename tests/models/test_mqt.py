@@ -87,7 +87,7 @@ def test_equals_torchs_attention_module(grid):
     torch.testing.assert_close(module(given)[0], expected @ module.projection.weight.T, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=16, derandomize=True)
 @given(used=st.integers(1, 16))
 def test_fewer_queries_give_the_first_of_all_tokens(used):
     module, given = make(), images(2)

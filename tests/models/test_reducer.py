@@ -91,7 +91,7 @@ def reducers(draw) -> ReducerConfig:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=reducers(), tiles=st.lists(st.integers(2, 5), min_size=1, max_size=4), seed=st.integers(0, 999))
 def test_every_image_of_a_batch_is_what_it_is_by_hand(config_factory, config, tiles, seed):
     torch.manual_seed(seed)

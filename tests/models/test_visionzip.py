@@ -48,7 +48,7 @@ def brute_force_merge(tokens: list[list[float]], keys: list[list[float]], count:
     return merged
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=40), data=st.data())
 def test_the_most_salient_in_raster_order_ties_by_index(values, data):
     keep = data.draw(st.integers(0, len(values)))
@@ -64,7 +64,7 @@ def test_more_tokens_than_there_are_are_refused(keep):
         top_salient(torch.rand(1, 5), keep)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(data=st.data(), count=st.integers(1, 12))
 def test_partition_loses_nothing_and_keeps_the_order(data, count):
     keep = data.draw(st.integers(0, count))
@@ -81,7 +81,7 @@ def test_partition_loses_nothing_and_keeps_the_order(data, count):
     assert tokens.grad[..., 1].tolist() == expected
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(seed=st.integers(0, 10**6), total=st.integers(1, 14), data=st.data())
 def test_merging_equals_brute_force(seed, total, data):
     count = data.draw(st.integers(1, total))

@@ -125,14 +125,14 @@ def check_equal(kit, model, layout, plan, backend, gradients=True):
 
 
 @pytest.mark.parametrize("backend", ["eager", "runs"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts(), plan=plans())
 def test_equal_to_sdpa(kit, wide, backend, layout, plan):
     check_equal(kit, wide, layout, plan, backend)
 
 
 @pytest.mark.parametrize("fake", FAKES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(layout=layouts(), plan=plans())
 def test_runs_of_queries_equal_sdpa(kit, wide, fake, layout, plan):
     """The runs say what the mask says: any kernel that computes a run right gives the right result."""
@@ -142,7 +142,7 @@ def test_runs_of_queries_equal_sdpa(kit, wide, fake, layout, plan):
 
 
 @pytest.mark.filterwarnings(UNCOMPILED)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(layout=layouts(), plan=plans())
 def test_flex_equals_sdpa(kit, wide, layout, plan):
     with torch.no_grad():

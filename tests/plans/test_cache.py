@@ -268,7 +268,7 @@ def filled(batch, length, layers=2):
     return cache
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_evict_and_batch_operations_on_random_sets(data):
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))

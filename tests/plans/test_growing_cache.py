@@ -28,7 +28,7 @@ STEPS = {
 STEP = st.sampled_from(sorted(STEPS)).flatmap(lambda name: st.tuples(st.just(name), STEPS[name]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(STEP, max_size=12))
 def test_it_holds_what_the_stock_layer_holds(steps):
     """Whatever is done to a cache in between: growing afterwards finds the right end of the right memory."""

@@ -18,7 +18,7 @@ def test_positions_restart_with_every_document(kit):
     assert layout.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2, 0]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_positions_and_visibility_equal_loops(data):
     length = data.draw(st.integers(1, 8))

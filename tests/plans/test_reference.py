@@ -86,13 +86,13 @@ def check_against_the_slow_reference(kit, model, layout, plan, seed):
         torch.testing.assert_close(a / scale, b / scale, atol=5e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts(), plan_rules=st.lists(rules(), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_rules_equal_the_slow_reference(kit, shared_model, layout, plan_rules, seed):
     check_against_the_slow_reference(kit, shared_model, layout, SkipPlan("random", tuple(plan_rules)), seed)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data(), packed=st.booleans(), seed=st.integers(0, 99))
 def test_drops_equal_the_slow_reference(kit, shared_model, data, packed, seed):
     layout = data.draw(layouts(packed))
