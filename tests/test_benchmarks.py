@@ -12,8 +12,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from counted import flop_counter
+from counted import total
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from skipvision_train.errors import PlanError
 from skipvision_train.models.connector_settings import MlpConfig
@@ -261,13 +262,13 @@ def test_step_flops_agree_with_the_counter_of_torch(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = scripts.train_models.make_batch(config, row, 1, "cpu")
     # Fused kernels for the CPU are unknown to the counter; the plain one computes attention in full.
-    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch, use_cache=False).loss.backward()
     expected = scripts.step_flops.step_flops(config, row, trains_vision, checkpointing, causal=False).total
     expected += 3 * 2 * 2 * summarised * 32  # summary tokens: scores and sums
     if checkpointing:  # torch stops recomputing before the last product: down_proj, and c_proj of the tower's blocks
         expected -= 3 * 2 * (40 + 22) * 48 * 32 + 2 * 2 * 65 * 64 * 32
-    assert counter.get_total_flops() == expected
+    assert total(counter) == expected
 
 
 def make_pair(scripts, *options):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from counted import flop_counter
+from counted import forward_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -36,7 +36,7 @@ LLAMA3_8B = text_config(load_geometry("llama3_8b"))
 
 
 def _counted(module, *args, **kwargs):
-    with flop_counter() as counter, torch.no_grad():
+    with forward_counter() as counter, torch.no_grad():
         module(*args, **kwargs)
     return counter.get_flop_counts()
 
