@@ -12,9 +12,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from counted import total
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch_flops import total
 
 from skipvision_train.errors import PlanError
 from skipvision_train.models.connector_settings import MlpConfig

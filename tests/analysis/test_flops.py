@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from counted import forward_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch_flops import forward_counter
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 

@@ -34,10 +34,10 @@ def model(tiny_config, processor):
     that it says the same with every version of transformers."""
     tiny_config.skip_plan = skip_ffn().bind(3).to_dict()
     model = SkipVisionForConditionalGeneration(tiny_config).eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if parameter.ndim > 1:
+            if len(parameter.unique()) > 1:  # all that is drawn; norms and most biases are constants
                 scale = 0.16 if name.startswith("language_model.") else 0.02
                 parameter.normal_(std=scale, generator=generator)
     return model

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from counted import total
 from interrupted import InterruptAfter, InterruptionError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch_flops import total
 from transformers import TrainerState, set_seed
 
 from skipvision_train.analysis.flops import sequence_flops
