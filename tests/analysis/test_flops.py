@@ -36,7 +36,7 @@ LLAMA3_8B = text_config(load_geometry("llama3_8b"))
 
 
 def _counted(module, *args, **kwargs):
-    with forward_counter() as counter, torch.no_grad():
+    with forward_counter(module.model.rotary_emb) as counter, torch.no_grad():
         module(*args, **kwargs)
     return counter.get_flop_counts()
 

@@ -6,12 +6,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def forward_counter() -> FlopCounterMode:
-    """A counter in which outer products are free. Not for backward passes, where one token's gradient is one."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _product})
+def forward_counter(rotary: nn.Module) -> FlopCounterMode:
+    """A counter in which outer products are free, if the model's rotary embedding is made of them; else torch's own.
+
+    Not for backward passes, where one token's gradient is an outer product.
+    """
+    with FlopCounterMode(display=False) as probe:
+        rotary(torch.zeros(1, 1, 8), torch.arange(5)[None])
+    made_by_products = probe.get_total_flops() > 0
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _product} if made_by_products else None)
 
 
 def _product(a: Sequence[int], b: Sequence[int], out_shape: Sequence[int] | None = None, **kwargs: object) -> int:
