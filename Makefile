@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
+PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
 # The demo and the tests run on the CPU everywhere, so that they show the same thing everywhere.
 export DS_ACCELERATOR ?= cpu
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -23,11 +24,14 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
-# lmms-eval and Hydra need different versions of antlr4, so it has an environment of its own (docs/benchmarks.md).
-$(LMMS_VENV)/.installed: pyproject.toml
+# lmms-eval and Hydra need different versions of antlr4 (docs/benchmarks.md), so it has an environment of its own. That lies over
+# the project's, so that torch is not on the disk twice: what is installed here comes first. pip then calls Hydra's antlr4 a
+# conflict, which it is: tests/lmms_eval/conftest.py hides Hydra.
+$(LMMS_VENV)/.installed: pyproject.toml $(VENV)/.installed
 	$(PYTHON) -m venv $(LMMS_VENV)
+	$(BIN)/python -c $(PURELIB) > $$($(LMMS_VENV)/bin/python -c $(PURELIB))/under.pth
 	$(LMMS_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(LMMS_VENV)/bin/python -m pip install --quiet --group lmms-eval 'pytest>=8.3' 'hypothesis>=6.130'
+	$(LMMS_VENV)/bin/python -m pip install --quiet --group lmms-eval
 	$(LMMS_VENV)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
