@@ -4,7 +4,8 @@ VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
-# The demo and the tests run on the CPU everywhere, so that they show the same thing everywhere.
+# DeepSpeed runs on the CPU in the demo and the tests. The demo hides GPUs from its stages as well, so that it shows the same
+# thing everywhere; the tests see them, because some need one (tests/plans/test_on_gpu.py).
 export DS_ACCELERATOR ?= cpu
 export PATH := $(abspath $(BIN)):$(PATH)
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,7 +88,8 @@ def flops(run: Callable[[], torch.Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print every number when it is known, then the table and JSON; ``argv`` as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="cpu")
     parser.add_argument("--layers", type=int, help="another depth than the geometry's")
@@ -98,22 +99,25 @@ def main() -> None:
     parser.add_argument("--max-rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     model = make_model(args.geometry, args.layers, args.device)
     samples = make_samples(args.samples, args.visual, args.text, args.device)
     runs = {"plain": lambda: plain(model, samples), "shared": lambda: shared(model, samples, args.max_rows)}
-    difference = (runs["plain"]() - runs["shared"]()).abs().max().item()
-    counts = {name: flops(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            times[name].append(seconds(run, args.device))
-    medians = {name: statistics.median(values) for name, values in times.items()}
     depth = model.config.num_hidden_layers
     print(
-        f"{args.geometry}, {depth} layers, {args.samples} samples of {args.visual} + {args.text} tokens, {args.device}"
+        f"{args.geometry}, {depth} layers, {args.samples} samples of {args.visual} + {args.text} tokens, {args.device}",
+        flush=True,
     )
+    difference = (runs["plain"]() - runs["shared"]()).abs().max().item()
+    print(f"largest difference of a score: {difference:.3g}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(args.repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, args.device))
+            print(f"round {number + 1}, {name}: {times[name][-1]:.2f} seconds", flush=True)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    counts = {name: flops(run) for name, run in runs.items()}
     print(f"{'':<8}{'TFLOPs':>10}{'seconds':>10}")
     for name in runs:
         print(f"{name:<8}{counts[name] / 1e12:>10.3f}{medians[name]:>10.2f}")

@@ -115,6 +115,7 @@ def measure(args: argparse.Namespace, kind: str, seed: int) -> BenchResult:
     result = command.bench(cfg, assistant, command.read_questions(cfg))
     result.save(folder / "bench.json")
     (folder / "bench.md").write_text(markdown(result))
+    print(f"{folder.name}\n\n{markdown(result)}", flush=True)
     return result
 
 
@@ -277,6 +278,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-timing", dest="timing", action="store_false")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--gpu", action="store_true", help="train and measure a larger model")
+    parser.add_argument("--only-train", action="store_true", help="with --gpu: end when the models are trained")
     args = parser.parse_args(words)
     if args.gpu:
         args.data, args.models = args.output / "data", args.output / "models"
@@ -295,6 +297,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.gpu:
         train_large(args)
+    if args.only_train:
+        return
     dense = [measure(args, "dense", seed) for seed in args.seeds]
     trained = [measure(args, "trained", seed) for seed in args.seeds]
     lines = join(dense, trained, args.shares)

@@ -1,7 +1,7 @@
 """Tokens per second of whole answers: ours against plain transformers, and the skip KV-cache against dense.
 
 OMP_NUM_THREADS=1 python benchmarks/generate.py --clock cpu            # CPU, 4 layers of width 512
-python benchmarks/generate.py --geometry llava_1_5_7b --new 32 512 --batch 1 8
+python benchmarks/generate.py --geometry llava_1_5_7b --new 32 128 --batch 1 8
 
 Timed: everything from an image and a question to the answer's text: processor, tower, prefill, decoding, detokenizing.
 "transformers" calls LLaVA's processor, `generate` and `batch_decode` itself, and does so once more in every round: how
@@ -226,7 +226,7 @@ def measure_setting(
     runs: dict[str, Callable[[], Sample]] = {STOCK: plain, AGAIN: plain}
     for name, (model, plan) in CASES.items():
         runs[name] = partial(assisted, assistants[model], plan, images, new, args.clock, steps[name])
-    samples, refused = interleave(runs, args.repeats, args.warmup)
+    samples, refused = interleave(runs, args.repeats, args.warmup, "batch of answers")
     rows = []
     for name in runs:
         row: dict[str, Any] = {"case": name, "refused": refused.get(name)} | dict.fromkeys(COLUMNS)

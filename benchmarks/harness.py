@@ -276,9 +276,16 @@ class Stopwatch:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], Sample]], repeats: int, warmup: int
+    runs: Mapping[str, Callable[[], Sample]], repeats: int, warmup: int, unit: str | None = None
 ) -> tuple[dict[str, list[Sample]], dict[str, str]]:
     """Run every case once per round, beginning with another case in every round.
+
+    Args:
+        runs: by case.
+        repeats: timed rounds.
+        warmup: rounds before them.
+        unit: what a sample's seconds are of; print every sample when it is taken, so that a run which somebody ends
+            leaves what it has measured. None: print nothing.
 
     Returns:
         The samples of the timed rounds by case, and for the cases whose plan was refused the reason.
@@ -296,6 +303,9 @@ def interleave(
             except PlanError as error:
                 refused[name] = str(error)
                 continue
+            if unit is not None:
+                which = "warm-up" if number < warmup else f"round {number - warmup + 1}"
+                print(f"{which}, {name}: {1000 * sample.seconds:.2f} ms per {unit}", flush=True)
             if number >= warmup:
                 samples[name].append(sample)
     return {name: taken for name, taken in samples.items() if name not in refused}, refused

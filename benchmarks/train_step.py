@@ -165,7 +165,7 @@ def measure_setting(args: argparse.Namespace, pair: Sequence[Arrangement]) -> li
     trainer = Trainer(args, pair[1])
     timed: dict[str, Callable[[Arrangement], Sample]] = {"step": trainer.step, "decoder": trainer.decoder}
     runs = {f"{part} {of.name}": partial(timed[part], of) for part in args.part for of in pair}
-    samples, _ = interleave(runs, args.repeats, args.warmup)
+    samples, _ = interleave(runs, args.repeats, args.warmup, "step")
     rows = [describe_part(args, part, of, pair[0], samples) for part in args.part for of in pair]
     if not args.checkpointing:  # what it keeps is hidden from the hooks that count
         saved = {of.name: trainer.saved_bytes(of) for of in pair}

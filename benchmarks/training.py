@@ -8,13 +8,14 @@ Both train connector and language model behind a frozen tower, on the same ragge
 an image), read and encoded by the same code; random weights. Every round runs every case once, beginning with another
 one; a case is a pass over the records: loading, forward, backward, clipping, AdamW, the trainer's own work. Ours runs
 three times more with one saving switched off: packing, logits only where there are labels, the last layer only where it
-is read. With ``--loop`` instead: StageTrainer with all callbacks against a loop of nothing but the step, on the same
-batches. The last line is JSON.
+is read; these cases go on training one model. With ``--loop`` instead: StageTrainer with all callbacks against a loop
+of nothing but the step, on the same batches. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from harness import Sample, interleave, median
 from output import _commit, _cpu_name
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from train_models import experiment_config
@@ -45,6 +46,7 @@ from transformers import (
 
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.training.batching import BatchArithmetic
+from skipvision_train.training.facts import FACTS, FactsCollator, model_inputs
 from skipvision_train.training.run import assemble
 from skipvision_train.training.stages import parameter_groups
 from skipvision_train.training.trainer import StageParts, StageTrainer
@@ -104,16 +106,19 @@ class Ours:
         args: the options.
         folder: with records and tokenizer.
         without: a saving of :data:`WITHOUT` that is switched off; None runs with all.
+        model: is trained further; None makes one. A GPU has no room for one of each case.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path, without: str | None) -> None:
-        self.args, self.cfg = args, configuration(args, folder, packed=without != WITHOUT[0])
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, without: str | None, model: nn.Module | None = None
+    ) -> None:
+        self.args, self.without = args, without
+        self.cfg = configuration(args, folder, packed=without != WITHOUT[0])
         torch.manual_seed(0)  # the same weights for all
         self.parts: StageParts = assemble(self.cfg)
+        if model is not None:
+            self.parts = replace(self.parts, model=model)
         self.parts.model.to(args.device)
-        self.parts.model.train_with(self.cfg.trainer.loss, read_supervised=without != WITHOUT[2])
-        if without == WITHOUT[1]:
-            self.parts.model._loss = MethodType(loss_of_all_logits, self.parts.model)
         self.records, self.losses = 0, list[float]()
 
     def arithmetic(self) -> BatchArithmetic:
@@ -136,6 +141,10 @@ class Ours:
 
     def run(self) -> Sample:
         """Seconds per record."""
+        clean(self.parts.model)
+        self.parts.model.train_with(self.cfg.trainer.loss, read_supervised=self.without != WITHOUT[2])
+        if self.without == WITHOUT[1]:
+            self.parts.model._loss = MethodType(loss_of_all_logits, self.parts.model)
         span = Span(self.args.device, self.args.clock)
         trainer = self.trainer(span)
         trainer.run_from(None)
@@ -151,6 +160,18 @@ def loss_of_all_logits(
     losses = F.cross_entropy(model.language_model.lm_head(hidden).float().flatten(0, 1), targets, reduction="none")
     items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return losses.sum() / items, losses.detach()[targets != -100]
+
+
+def clean(model: nn.Module) -> None:
+    """Free what the last run of any case has left, and take from ``model`` what was put around its methods.
+
+    A trainer and its optimizer refer to each other: their memory is free only when the collector has seen them.
+    """
+    for name in ("_loss", "forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Theirs:
@@ -185,17 +206,17 @@ class Theirs:
     def collate(self, examples: list[Any]) -> dict[str, Tensor]:
         """Padded rows, as transformers' processor makes them."""
         batch = self.ours.parts.collator(examples)
-        self.records += len(examples)
         return {k: batch[k] for k in ("input_ids", "attention_mask", "labels", "pixel_values") if k in batch}
 
     def run(self) -> Sample:
         """Seconds per record."""
+        clean(self.model)
         span, trainer = Span(self.args.device, self.args.clock), self.ours.cfg.trainer
-        self.records = 0
+        dataset, batch = Whole(self.ours.parts.feed.dataset), trainer.per_device_batch
         made = Trainer(
             self.model,
             TrainingArguments(
-                str(self.folder / "hf"), per_device_train_batch_size=trainer.per_device_batch,
+                str(self.folder / "hf"), per_device_train_batch_size=batch,
                 gradient_accumulation_steps=2, num_train_epochs=1, learning_rate=1e-5, logging_steps=1,
                 lr_scheduler_type="cosine", save_strategy="no", report_to=[], remove_unused_columns=False,
                 disable_tqdm=True, bf16=trainer.precision == "bf16", use_cpu=self.args.device == "cpu",
@@ -203,10 +224,11 @@ class Theirs:
                 dataloader_drop_last=True,
             ),
             data_collator=self.collate,
-            train_dataset=Whole(self.ours.parts.feed.dataset),
+            train_dataset=dataset,
             callbacks=[span],
         )  # fmt: skip
         made.train()
+        self.records = len(dataset) // batch * batch  # the last batch is dropped; workers cannot count
         self.losses = [row["loss"] for row in made.state.log_history if "loss" in row]
         return Sample(span.seconds / self.records)
 
@@ -227,6 +249,7 @@ class Bare:
     def run(self) -> Sample:
         """Seconds per record."""
         ours, cfg = self.ours, self.ours.cfg
+        clean(ours.parts.model)
         device, model, records = ours.args.device, ours.parts.model.train(), 0
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg.stage.lr, cfg.stage.weight_decay))
         steps, weights = ours.arithmetic().steps or 0, [p for p in model.parameters() if p.requires_grad]
@@ -235,18 +258,21 @@ class Bare:
             ours.parts.feed.dataset,
             cfg.trainer.per_device_batch,
             sampler=ours.parts.feed.sampler(cfg.trainer.global_batch, cfg.trainer.seed),
-            collate_fn=lambda items: (ours.parts.collator(items), ours.parts.collator.rows(items)),
+            collate_fn=FactsCollator(ours.parts.collator, [source.name for source in ours.parts.records.sources]),
             num_workers=cfg.trainer.workers,
+            pin_memory=device != "cpu",
         )
         span = Span(device, ours.args.clock)
         span.on_train_begin()
         batches = iter(loader)
         for _ in range(steps):
-            pairs = [next(batches) for _ in range(2)]
-            records += sum(len(row) for _, rows in pairs for row in rows)
-            supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in pairs)
-            for batch, _ in pairs:
+            pair = [next(batches) for _ in range(2)]
+            facts = [batch.pop(FACTS) for batch in pair]
+            records += sum(len(fact.samples) for fact in facts)
+            supervised = sum(fact.supervised for fact in facts)
+            for batch, fact in zip(pair, facts, strict=True):
                 moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                moved = model_inputs(moved, fact)  # the layout stays on the CPU: nothing waits for the GPU
                 with torch.autocast(device, torch.bfloat16, enabled=cfg.trainer.precision == "bf16"):
                     loss = model(**moved, num_items_in_batch=supervised).loss
                 loss.backward()
@@ -266,11 +292,12 @@ def ratio(samples: dict[str, list[Sample]], case: str, base: str) -> tuple[float
 
 def compare_models(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """transformers, ours, and ours without each saving."""
-    ours = {without: Ours(args, folder, without) for without in (None, *WITHOUT)}
+    ours: dict[str | None, Ours] = {None: Ours(args, folder, None)}
+    ours |= {without: Ours(args, folder, without, ours[None].parts.model) for without in WITHOUT}
     theirs = Theirs(args, ours[WITHOUT[0]], folder)
     runs: dict[str, Callable[[], Sample]] = {"transformers": theirs.run, "ours": ours[None].run}
     runs |= {f"ours without {name}": ours[name].run for name in WITHOUT}
-    samples, _ = interleave(runs, args.repeats, args.warmup)
+    samples, _ = interleave(runs, args.repeats, args.warmup, "record")
     rows = []
     for case in runs:
         over, spread = ratio(samples, case, "transformers")
@@ -290,7 +317,7 @@ def compare_models(args: argparse.Namespace, folder: Path) -> list[dict[str, Any
 def compare_loops(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Our trainer over a bare loop."""
     ours = Ours(args, folder, None)
-    samples, _ = interleave({"bare": Bare(ours).run, "ours": ours.run}, args.repeats, args.warmup)
+    samples, _ = interleave({"bare": Bare(ours).run, "ours": ours.run}, args.repeats, args.warmup, "record")
     over, spread = ratio(samples, "ours", "bare")
     step = median([s.seconds for s in samples["bare"]]) * ours.records / (ours.arithmetic().steps or 1)
     return [
@@ -317,12 +344,12 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the table and JSON."""
     args = options(argv)
+    where = _cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    print(f"{where}; torch {torch.__version__}; commit {_commit()}; {args.geometry}; {args.clock} clock", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_workspace(folder, SIZES[args.geometry], args.records)
         rows = (compare_loops if args.loop else compare_models)(args, folder)
-    where = _cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    print(f"{where}; torch {torch.__version__}; commit {_commit()}; {args.geometry}; {args.clock} clock")
     print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")

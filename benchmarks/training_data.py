@@ -28,6 +28,7 @@ class Sizes:
         text: fields of ``model.text``.
         vision: fields of ``model.vision``.
         median: of a record's text, in tokens (bytes).
+        longest: text; what is drawn longer is cut.
         batch: rows of a forward pass, each with one record.
         packed: rows of a forward pass, packed.
         row: tokens of a packed row.
@@ -36,6 +37,7 @@ class Sizes:
     text: dict[str, Any]
     vision: dict[str, Any]
     median: int
+    longest: int
     batch: int
     packed: int
     row: int
@@ -46,19 +48,19 @@ SIZES = {
         {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
         | {"num_attention_heads": 4, "num_key_value_heads": 4},
         {"image_size": 112, "width": 96, "layers": 3, "heads": 3, "depths": [2]},
-        median=60, batch=4, packed=1, row=640,
+        median=60, longest=640, batch=4, packed=1, row=640,
     ),
     "llava_1_5_7b": Sizes(
         {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
         | {"num_attention_heads": 32, "num_key_value_heads": 32},
         {},
-        median=150, batch=8, packed=2, row=4096,
+        median=150, longest=1024, batch=4, packed=1, row=4096,
     ),
     "tiny": Sizes(
         {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         | {"num_attention_heads": 2, "num_key_value_heads": 2},
         {"image_size": 28, "width": 32, "layers": 2, "heads": 2, "depths": [1]},
-        median=20, batch=2, packed=1, row=256,
+        median=20, longest=256, batch=2, packed=1, row=256,
     ),
 }  # fmt: skip
 
@@ -76,7 +78,7 @@ def write_workspace(folder: Path, sizes: Sizes, records: int) -> None:
     chance, found = random.Random(0), []
     (folder / "images").mkdir()
     for number in range(records):
-        length = max(8, round(sizes.median * chance.lognormvariate(0, 0.8)))
+        length = min(sizes.longest, max(8, round(sizes.median * chance.lognormvariate(0, 0.8))))
         answer = max(4, length // 2)
         turns = [{"from": "human", "value": "q" * (length - answer)}, {"from": "gpt", "value": "a" * answer}]
         record: dict[str, Any] = {"id": number, "conversations": turns}

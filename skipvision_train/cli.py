@@ -281,8 +281,29 @@ def _task(run: Callable[[Any], None]) -> Callable[[Any], None]:
             if os.environ.get("SKIPVISION_TRACEBACK") == "1":
                 raise
             fail(str(error))
+        except _out_of_memory() as error:
+            if os.environ.get("SKIPVISION_TRACEBACK") == "1":
+                raise
+            fail(f"too little memory: {str(error).splitlines()[0]}; try {_less_memory(config)}")
 
     return task
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """What torch raises on a full GPU; nothing where no command has imported torch."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
+
+
+def _less_memory(config: Any) -> str:
+    """Fields of a command's configuration that would take less memory."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    ways = [f"{name} below {given[name]}" for name in ("batch_size", "max_rows") if name in given]
+    if "trainer" in given:
+        ways.append(f"trainer.per_device_batch below {given['trainer'].per_device_batch}")
+    if given.get("precision", "bf16") in (None, "fp32"):
+        ways.append("precision=bf16")
+    return " or ".join(ways) or "a device with more memory"
 
 
 def _start_logging() -> None:

@@ -72,3 +72,19 @@ def test_the_gpu_run_names_its_own_folders(evidence, tmp_path):
     assert (args.data, args.models) == (tmp_path / "data", tmp_path / "models")
     with pytest.raises(SystemExit):
         evidence.arguments([])
+
+
+def test_training_can_be_a_command_of_its_own(evidence, tmp_path, monkeypatch):
+    """On a machine that is lent for minutes; what it trains is found again by the same command without the option."""
+    steps = []
+    monkeypatch.setattr(evidence, "train_large", lambda args: steps.append("train"))
+    monkeypatch.setattr(evidence, "measure", lambda args, kind, seed: steps.append((kind, seed)))
+    words = ["evidence.py", "--gpu", "--seeds", "0", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*words, "--only-train"])
+    evidence.main()
+    assert steps == ["train"]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(evidence, "join", None)
+    with pytest.raises(TypeError):
+        evidence.main()
+    assert steps == ["train", "train", ("dense", 0), ("trained", 0)]

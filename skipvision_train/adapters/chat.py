@@ -55,16 +55,19 @@ def _flat_text(model: Any, processor: Any, turns: Sequence[Turn]) -> str:
             f"{type(model).__name__} no image_token_id, so no prompt can show an image"
         )
     image_token = processor.tokenizer.convert_ids_to_tokens(image_id)
-    return "\n".join(turn.text for turn in turns).replace(IMAGE_MARKER, image_token)
+    return "\n".join(t.text.replace(IMAGE_MARKER, image_token) if t.role == "user" else t.text for t in turns)
 
 
 def chat_messages(turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Messages in the style of transformers; each image stands where its marker stands."""
+    """Messages in the style of transformers; each image stands where its marker stands.
+
+    Only users show images: elsewhere the marker is text.
+    """
     remaining = iter(images)
     messages = []
     for turn in turns:
         content: list[dict[str, Any]] = []
-        for index, text in enumerate(turn.text.split(IMAGE_MARKER)):
+        for index, text in enumerate(turn.text.split(IMAGE_MARKER) if turn.role == "user" else [turn.text]):
             if index:
                 content.append({"type": "image", "image": next(remaining)})
             if text.strip():

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from skipvision_train.analysis.figures import LIGHT, Theme, label_axes, legend_below, new_figure, style_axes
+from skipvision_train.analysis.figures import LIGHT, Theme, label_axes, legend_below, new_figure, plain, style_axes
 from skipvision_train.analysis.paper_figures import SERIES
 
 DECADES = 4
@@ -170,15 +170,15 @@ def attention_heads(
 
 
 def _shown(token: str) -> str:
-    """A token as a label: what has no glyph made visible, cut at ten characters; ``$`` would begin a formula."""
+    """A token as a label: what has no glyph made visible, cut at ten characters."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in token).strip() or "␣"
     text = text if len(text) <= 10 else text[:9] + "…"
-    return text.replace("$", r"\$")
+    return plain(text)
 
 
 def _map_figure(theme: Theme, height: float, span: ImageSpan, title: str) -> Figure:
     figure = new_figure(theme, height + 0.3)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=theme.text)
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=11, color=theme.text)
     patches = [Patch(color=theme.series[SERIES[kind]]) for kind in span.present()]
     legend_below(figure, patches, span.labels(), theme)
     return figure

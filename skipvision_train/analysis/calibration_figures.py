@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from skipvision_train.analysis.figures import DARK, LIGHT, MARKERS, WIDTH, Theme, label_axes
+from skipvision_train.analysis.figures import DARK, LIGHT, MARKERS, WIDTH, Theme, label_axes, plain
 from skipvision_train.analysis.panels import (
     ZEROS,
     Pairs,
@@ -53,8 +53,9 @@ def vig_by_task(
     """Visual Information Gain per layer: a line per task, the mean in bold with its band (V-Skip, Fig. 3).
 
     Args:
-        tasks: per task a score per layer, not negative; a single task is the mean itself and is not drawn twice.
-        mean: per layer, over all samples.
+        tasks: per task a score per layer, not negative; a single task, or one whose scores are the mean, is the mean
+            itself and is not drawn twice.
+        mean: per layer, over all samples, or what else chose the layers.
         interval: per layer, of the mean.
         chosen: layers that skip; shaded.
         threshold: the gain below which a layer skips.
@@ -62,7 +63,9 @@ def vig_by_task(
         title: above the axes.
         unit: of the scores; ``nats`` are those of a KL divergence.
     """
-    lines = {**tasks, next(iter(tasks)) if len(tasks) == 1 else "mean": mean}
+    same = [task for task, values in tasks.items() if len(tasks) == 1 or list(values) == list(mean)]
+    bold = same[0] if same else "mean"
+    lines = {**{task: values for task, values in tasks.items() if task != bold}, bold: mean}
     labels = [*lines, "skipped", "threshold", ZEROS]
     figure, (axes,) = panels_below(theme, [3.3], labels, title or "Visual Information Gain")
     edge, top = log_limits([*flat(lines.values()), *([threshold] if threshold else [])])
@@ -70,8 +73,7 @@ def vig_by_task(
     if interval:
         band(axes, range(len(mean)), interval, edge, theme.text, 0.18)
     for i, (name, values) in enumerate(lines.items()):
-        bold = i == len(lines) - 1
-        log_line(axes, range(len(values)), values, edge, theme, None if bold else i, name)
+        log_line(axes, range(len(values)), values, edge, theme, None if name == bold else i, name)
     if threshold:
         axes.axhline(threshold, color=theme.text, linestyle=(0, (4, 3)), linewidth=1.2, label="threshold")
     finish_log(axes, edge, top)
@@ -127,7 +129,7 @@ def skip_map(
         edges_y = [row - 0.5 for row in range(len(rows) + 1)]
         # Outlined, so that runs of filled cells can be counted.
         axes.pcolormesh(edges_x, edges_y, cells, cmap=colours, vmin=0, vmax=1, edgecolors=theme.grid, linewidth=0.6)
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), list(map(plain, rows)))
         axes.tick_params(length=0, labelsize=9)
         axes.invert_yaxis()
         axes.grid(visible=False)
@@ -218,11 +220,12 @@ def transfer_matrix(
             weight = "bold" if value is not None and value == best[x] else "normal"
             colour = _readable(colours(shares[y][x]))
             axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=size, color=colour, weight=weight)
+    names = list(map(plain, columns))
     if max(map(len, columns)) * len(columns) > 50:
-        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xticks(range(len(columns)), names, rotation=40, ha="right", rotation_mode="anchor")
     else:
-        axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(range(len(columns)), names)
+    axes.set_yticks(range(len(rows)), list(map(plain, rows)))
     axes.tick_params(length=0, labelsize=9.5)
     axes.grid(visible=False)
     label_axes(axes, theme, "evaluated on", "calibrated on")

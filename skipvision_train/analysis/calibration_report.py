@@ -177,6 +177,15 @@ def task_scores(table: ScoreTable) -> dict[str, list[float]]:
     return found
 
 
+def score_intervals(table: ScoreTable, scores: Sequence[float]) -> list[list[float]]:
+    """Of scores that are the mean over all samples, or over a task's, per layer; empty where they are something else,
+    as a mean over tasks of unequal size."""
+    for task in (None, *sorted(set(table.tasks))):
+        if all(isclose(a, b, rel_tol=1e-6) for a, b in zip(table.mean(task).tolist(), scores, strict=True)):
+            return table.interval(task).tolist()
+    return []
+
+
 def section(name: str, calibration: Calibration) -> dict[str, Any]:
     """What the template shows of a calibration: ``name``, ``figures``, and the table of its layers."""
     tasks = _task_scores(calibration)
@@ -223,13 +232,8 @@ def _task_scores(calibration: Calibration) -> dict[str, list[float]]:
 
 
 def _intervals(calibration: Calibration) -> list[list[float]]:
-    """Of the mean over samples, per layer; empty where the plan was made from something else, as a mean over tasks."""
     main = _main(calibration)
-    if main is None or any(
-        not isclose(a, b, rel_tol=1e-6) for a, b in zip(main.mean().tolist(), calibration.scores, strict=True)
-    ):
-        return []
-    return main.interval().tolist()
+    return score_intervals(main, calibration.scores) if main else []
 
 
 def _card(caption: str, alt: str, draw: Callable[..., Figure], *data: Any, **options: Any) -> dict[str, str]:
@@ -256,8 +260,9 @@ def _asymmetry_figures(calibration: Calibration) -> list[dict[str, str]]:
 
 def _choice_figures(calibration: Calibration, tasks: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
     """The skip map and the seeds."""
-    figures, depth = [], len(calibration.scores)
-    rows = {**tasks, "all samples": calibration.scores} if len(tasks) != 1 else tasks
+    figures, depth, main = [], len(calibration.scores), _main(calibration)
+    mean = calibration.scores if main is None else main.mean().tolist()
+    rows = {**tasks, "all samples": mean} if len(tasks) != 1 else tasks
     if budgets := budgets_for(depth):
         caption = "The layers of the smallest scores, by their number N."
         chosen = skipped_by_budget(rows, budgets)

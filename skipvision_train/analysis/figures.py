@@ -107,6 +107,11 @@ def new_figure(theme: Theme, height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.background)
 
 
+def plain(text: str) -> str:
+    """A name for matplotlib, to which a pair of ``$`` would begin and end a formula."""
+    return text.replace("$", r"\$")
+
+
 def new_axes(theme: Theme, height: float, title: str) -> tuple[Figure, Axes]:
     """A figure of ``height`` inches with a single plot."""
     figure = new_figure(theme, height)
@@ -118,7 +123,7 @@ def new_axes(theme: Theme, height: float, title: str) -> tuple[Figure, Axes]:
 def style_axes(axes: Axes, theme: Theme, title: str = "") -> None:
     """Give a plot the look of the report."""
     axes.set_facecolor(theme.background)
-    axes.set_title(title, loc="left", fontsize=11, color=theme.text)
+    axes.set_title(plain(title), loc="left", fontsize=11, color=theme.text)
     axes.tick_params(colors=theme.text, labelsize=10, which="both")
     axes.grid(visible=True, color=theme.grid, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -134,14 +139,15 @@ def label_axes(axes: Axes, theme: Theme, x: str, y: str) -> None:
 
 
 def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
-    axes.legend(frameon=False, fontsize=10, labelcolor=theme.text, **options)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, list(map(plain, labels)), frameon=False, fontsize=10, labelcolor=theme.text, **options)
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], theme: Theme) -> None:
     """A legend under the axes, where no data is, in as many columns as the width holds."""
     figure.legend(
         handles,
-        labels,
+        list(map(plain, labels)),
         loc="outside lower center",
         ncols=legend_columns(labels),
         frameon=False,
@@ -251,7 +257,7 @@ def task_bars(series: Mapping[str, Mapping[str, Accuracy]], theme: Theme = LIGHT
             error_kw={"ecolor": theme.text, "elinewidth": 1, "capsize": 2},
             label=name,
         )
-    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_yticks(range(len(tasks)), list(map(plain, tasks)))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 100)

@@ -17,6 +17,7 @@ from skipvision_train.analysis.figures import (
     legend_below,
     legend_columns,
     new_figure,
+    plain,
     style_axes,
 )
 
@@ -50,7 +51,7 @@ def panels_below(
     rows = math.ceil(len(labels) / legend_columns(labels)) if labels else 0
     figure = new_figure(theme, sum(heights) + 0.3 + LEGEND_ROW * rows)
     # Over the whole figure, not the plot: the names of rows may take a third of the width.
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=theme.text)
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=11, color=theme.text)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     panels = [figure.add_subplot(grid[k, 0]) for k in range(len(heights))]
     for axes in panels:

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from skipvision_train.analysis.calibration_figures import seed_bands, skip_map, transfer_matrix, vig_by_task
-from skipvision_train.analysis.calibration_report import budgets_for, skipped_by_budget, task_scores
+from skipvision_train.analysis.calibration_report import budgets_for, score_intervals, skipped_by_budget, task_scores
 from skipvision_train.analysis.figures import log_figures, to_png
 from skipvision_train.calibration import search
 from skipvision_train.calibration.bank import BankFacts, PlanBank
@@ -42,10 +42,17 @@ def chosen_layers(session: Session, plan: SkipPlan) -> list[int]:
     return [i for i, (rule, base) in enumerate(zip(plan.rules, session.base.rules, strict=True)) if rule != base]
 
 
+def source_of(session: Session, task: str) -> str:
+    """The task whose samples chose the plan of ``task``; "" for all samples."""
+    cfg = session.cfg
+    return cfg.universal if task == UNIVERSAL and cfg.bank and cfg.universal != "pooled" else task
+
+
 def provenance(session: Session, found: Found, task: str) -> dict[str, Any]:
     """How a plan was found: enough to find it again."""
     cfg, table = session.cfg, found.table
-    named = [i for i, own in enumerate(table.tasks) if task in (UNIVERSAL, own)]
+    source = source_of(session, task)
+    scores = session.universal_scores(table) if task == UNIVERSAL else table.mean(task)
     return {
         "method": STRATEGIES[table.strategy].describe(),
         "strategy": table.strategy,
@@ -54,13 +61,14 @@ def provenance(session: Session, found: Found, task: str) -> dict[str, Any]:
         "model_hash": session.model_hash,
         "base_plan": session.base.name,
         "recipe": cfg.recipe or cfg.prompts,
-        "task": task or cfg.task,
-        "records": [table.samples[i] for i in named],
+        "task": source or cfg.task,
+        "universal": cfg.universal if task == UNIVERSAL and cfg.bank else None,
+        "records": [name for name, own in zip(table.samples, table.tasks, strict=True) if source in (UNIVERSAL, own)],
         "positions": cfg.positions,
         "seed": cfg.seed,
         "draws": cfg.draws,
         "bypass": table.bypass,
-        "scores": table.mean(task or None).tolist(),
+        "scores": scores.tolist(),
         "versions": package_versions(),
     }
 
@@ -71,9 +79,9 @@ def write(session: Session, found: Found, output: Path) -> dict[str, Figure]:
     plans = {task: replace(plan, provenance=provenance(session, found, task)) for task, plan in found.plans.items()}
     universal = plans[UNIVERSAL]
     universal.save(output / "plan.json")
-    layers, scores = chosen_layers(session, universal), found.table.mean().tolist()
     facts = {**universal.provenance, "threshold": cfg.budget.threshold, "kl": asdict(found.cost)}
-    write_json(output / "vig.json", {**facts, "scores": scores, "layers": layers, "plan": universal.name})
+    layers = chosen_layers(session, universal)
+    write_json(output / "vig.json", {**facts, "layers": layers, "plan": universal.name})
     write_json(output / "scores.json", found.table.to_dict())
     if cfg.draws > 1:
         write_json(output / "seeds.json", seeds(session, found.table))
@@ -89,8 +97,7 @@ def write(session: Session, found: Found, output: Path) -> dict[str, Figure]:
 
 def seeds(session: Session, table: ScoreTable) -> dict[str, Any]:
     """Per draw its scores and the layers that they choose, as the report reads them, and how far the draws agree."""
-    column = {name: i for i, name in enumerate(table.samples)}
-    scores = torch.stack([table.values[:, [column[name] for name in drawn]].mean(-1) for drawn in session.drawn])
+    scores = torch.stack([session.universal_scores(table.of(drawn)) for drawn in session.drawn])
     if session.cfg.strategy.search != "top":  # a search does not choose by these scores alone
         return {"scores": scores.tolist(), "layers": [[] for _ in scores]}
     layers = [list(search.count_for(own, session.cfg.budget.layers())) for own in scores]
@@ -121,11 +128,13 @@ def figures(session: Session, found: Found) -> dict[str, Figure]:
     table, layers = found.table, chosen_layers(session, found.plans[UNIVERSAL])
     tasks = task_scores(table)
     mean, unit = table.mean().tolist(), STRATEGIES[table.strategy].unit
+    scores = session.universal_scores(table).tolist()
 
     def profile(lines: Mapping[str, list[float]]) -> Figure:
-        interval, threshold = table.interval().tolist(), session.cfg.budget.threshold
-        title = f"{table.strategy}, {session.cfg.task or 'all samples'}"
-        return vig_by_task(lines, mean, interval, layers, threshold, title=title, unit=unit)
+        intervals, threshold = score_intervals(table, scores), session.cfg.budget.threshold
+        source = session.cfg.task if lines else source_of(session, UNIVERSAL) or session.cfg.task
+        title = f"{table.strategy}, {source or 'all samples'}"
+        return vig_by_task(lines, scores, intervals, layers, threshold, title=title, unit=unit)
 
     pictures = {"vig": profile({})}
     if len(tasks) > 1:
@@ -146,12 +155,12 @@ def figures(session: Session, found: Found) -> dict[str, Figure]:
     return pictures
 
 
-def log_to_wandb(project: str, found: Found, pictures: Mapping[str, Figure]) -> None:
+def log_to_wandb(project: str, session: Session, found: Found, pictures: Mapping[str, Figure]) -> None:
     """Scores and the plan's cost as a summary, and the pictures; ``WANDB_MODE=offline`` works."""
     import wandb
 
     run = wandb.init(project=project, job_type="calibrate")
-    for layer, score in enumerate(found.table.mean().tolist()):
+    for layer, score in enumerate(session.universal_scores(found.table).tolist()):
         run.summary[f"score/layer_{layer}"] = score
     run.summary["kl"] = found.cost.value
     log_figures(run, pictures)
@@ -161,17 +170,17 @@ def log_to_wandb(project: str, found: Found, pictures: Mapping[str, Figure]) -> 
 def report(session: Session, found: Found) -> str:
     """The table for the terminal: score per layer and task, what skips, what that costs and saves."""
     table, universal = found.table, found.plans[UNIVERSAL]
-    layers, mean, interval = chosen_layers(session, universal), table.mean(), table.interval()
-    unit = STRATEGIES[table.strategy].unit
+    layers, scores = chosen_layers(session, universal), session.universal_scores(table).tolist()
+    unit, intervals = STRATEGIES[table.strategy].unit, score_intervals(table, scores)
     lines = [f"{'layer':>5}  {f'{table.strategy} ({unit})':>18}  {'95 % interval':>22}"]
-    for i, (score, (low, high)) in enumerate(zip(mean.tolist(), interval.tolist(), strict=True)):
-        skipped = "  skipped" if i in layers else ""
-        lines.append(f"{i:>5}  {score:>18.4e}  {f'{low:.2e} to {high:.2e}':>22}{skipped}")
+    for i, score in enumerate(scores):
+        shown = "{:.2e} to {:.2e}".format(*intervals[i]) if intervals else ""
+        lines.append(f"{i:>5}  {score:>18.4e}  {shown:>22}{'  skipped' if i in layers else ''}")
     lines += [universal.table(), saving(session, universal)]
-    cost, samples = found.cost, len(table.samples)
+    cost, samples, source = found.cost, len(table.samples), source_of(session, UNIVERSAL)
     lines.append(
         f"the whole plan moves the output by {cost.value:.3e} nats ({cost.low:.2e} to {cost.high:.2e}), on the "
-        f"{samples} samples that chose it"
+        f"{samples} samples" + (f", {table.tasks.count(source)} of which chose it" if source else " that chose it")
     )
     drawn = seeds(session, table) if session.cfg.draws > 1 else {}
     if "overlap" in drawn:

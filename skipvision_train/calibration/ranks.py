@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from skipvision_train.errors import SkipVisionError
 
 T = TypeVar("T")
 
@@ -52,6 +54,24 @@ class Ranks:
         for rank, part in enumerate(parts):
             joined[rank :: self.world] = part
         return torch.tensor(joined, dtype=torch.float64)
+
+    def told(self, read: Callable[[], T]) -> T:
+        """What ``read`` gives on the first process, on all of them; it raises everywhere what it raises there.
+
+        For files: an output folder may be each node's own.
+        """
+        if self.world == 1:
+            return read()
+        found: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                found[0] = read()
+            except SkipVisionError as error:
+                found[1] = error
+        dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        return cast(T, found[0])
 
     def finish(self) -> None:
         """Leave the group."""

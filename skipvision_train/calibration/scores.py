@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,12 @@ class ScoreTable:
         margin = Z_95 * deviation / values.shape[1] ** 0.5
         mean = values.mean(-1)
         return torch.stack([mean - margin, mean + margin], dim=-1)
+
+    def of(self, samples: Sequence[str]) -> ScoreTable:
+        """The same of some of the samples, in their order."""
+        columns = [self.samples.index(name) for name in samples]
+        tasks = tuple(self.tasks[column] for column in columns)
+        return replace(self, values=self.values[:, columns], samples=tuple(samples), tasks=tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

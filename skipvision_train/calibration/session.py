@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 UNIVERSAL = ""
 """The key of the plan for every task."""
 
+SOURCES = ("recipe", "prompts", "data_root", "image_token_id")
+"""Fields beside the ids of the samples that say what these are: the same ids may stand in other files."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -62,8 +65,8 @@ class Found:
     Attributes:
         table: every layer's score on every sample.
         plans: the universal one under ``""``; one per task besides for a bank or a transfer matrix.
-        kl: per measured plan (samples,) float64, nats: the divergence of the base model from it as a whole. The samples
-            are those that chose it.
+        kl: per measured plan (samples,) float64, nats: the divergence of the base model from it as a whole, on all
+            samples. They chose it, or of a bank those of the task that ``universal`` names.
     """
 
     table: ScoreTable
@@ -115,7 +118,8 @@ class Session:
         """Draw from ``records``, load the model, and make this process's samples.
 
         Raises:
-            ConfigError: too few records, an unknown task, or a depth that the budget exceeds.
+            ConfigError: too few records, an unknown task, a depth that the budget exceeds, or a plan of the model whose
+                eviction the positions would have to show.
             CheckpointError: the model cannot be loaded.
             DataError: a record without an image, or with a broken one.
         """
@@ -127,6 +131,7 @@ class Session:
         depth = len(find_decoder(model).layers)
         base = model.plan if is_ours else dense().bind(depth)
         check_budget(cfg, depth)
+        check_eviction(cfg, base)
         make: Any = record_samples if is_ours else prompt_samples
         own = make(model, processor, ranks.share(union), cfg.positions)
         return cls(
@@ -156,7 +161,7 @@ class Session:
         options = SweepOptions(
             image_token_id=self.cfg.image_token_id,
             max_rows=self.cfg.max_rows,
-            done=store.read() if store else None,
+            done=self.ranks.told(store.read) if store else None,
             keep=store.keep if store and self.ranks.rank == 0 else None,
             progress=bar,
             exchange=self.ranks.join,
@@ -177,6 +182,7 @@ class Session:
             "strategy": strategy,
             "bypass": cfg.strategy.bypass,
             "positions": cfg.positions,
+            **{name: getattr(cfg, name) for name in SOURCES},
             "samples": list(self.ids),
         }
 
@@ -212,8 +218,12 @@ class Session:
             return {UNIVERSAL: self._searched(cfg.strategy.search)}
         tasks = sorted(set(self.tasks)) if cfg.bank or cfg.transfer else []
         scores: dict[str, Tensor] = {task: table.mean(task) for task in tasks}
-        scores[UNIVERSAL] = search.universal(table, cfg.universal) if cfg.bank else table.mean()
+        scores[UNIVERSAL] = self.universal_scores(table)
         return {task: self.plan(search.count_for(own, cfg.budget.layers())) for task, own in scores.items()}
+
+    def universal_scores(self, table: ScoreTable) -> Tensor:
+        """(layers,) float64: what the universal plan is chosen by; its samples' mean, or as ``universal`` says."""
+        return search.universal(table, self.cfg.universal) if self.cfg.bank else table.mean()
 
     def plan(self, layers: Sequence[int]) -> SkipPlan:
         """The base plan with the strategy's rule in ``layers``."""
@@ -279,6 +289,25 @@ def check_budget(cfg: Config, depth: int) -> None:
     """Refuse a count above the depth before anything is measured."""
     if cfg.budget.count is not None and cfg.budget.count > depth:
         raise ConfigError(f"budget.count: {cfg.budget.count}; the model has {depth} layers, use 0 to {depth}")
+
+
+def check_eviction(cfg: Config, base: SkipPlan) -> None:
+    """Refuse plans that the scores would not show: these come from forwards without a KV cache, which evict nothing.
+
+    Raises:
+        ConfigError: the base plan evicts before the first token, or before other positions that are read.
+    """
+    kinds = ", ".join(sorted(kind.name.lower() for kind in base.evict))
+    if kinds and base.evict_when == "before_first_token":
+        raise ConfigError(
+            f"checkpoint: {cfg.checkpoint} has the plan {base.name!r}, by which {kinds} leave the KV cache "
+            "before_first_token, and samples run without a cache; save it with a plan of evict_when=after_first_token"
+        )
+    if kinds and cfg.positions == "answer":
+        raise ConfigError(
+            f"positions: 'answer', but under the plan {base.name!r} of {cfg.checkpoint} {kinds} leave the KV cache "
+            "behind the first token, and samples run without a cache; use next"
+        )
 
 
 def mean_kinds(

@@ -67,7 +67,7 @@ class Config:
     calibration: str | None = None
     """Folder of a calibration of this model: which layers vskip, ffn_skip and shortv take first; null: the deepest."""
     batch_size: int = 16
-    """Records per forward pass; does not change the answers."""
+    """Records per forward pass; does not change the answers but for rounding in 16 bits."""
     max_new_tokens: int = 32
     """Where an answer without an end is cut."""
     limit: int | None = None

@@ -87,7 +87,7 @@ def run(cfg: Config) -> None:
                 pictures = outputs.write(session, found, output)
             session.forget()
             if cfg.wandb_project is not None:
-                outputs.log_to_wandb(cfg.wandb_project, found, pictures)
+                outputs.log_to_wandb(cfg.wandb_project, session, found, pictures)
             sys.stdout.write(outputs.report(session, found) + "\n")
             log.info("wrote %s", folder.path / "plan.json")
     finally:

@@ -59,7 +59,10 @@ def run(cfg: Config) -> None:
         raise ConfigError("stages: the demo has no stages; see conf/demo.yaml")
     output = Path(cfg.output)
     done = output / "stages"
-    done.mkdir(parents=True, exist_ok=True)
+    try:
+        done.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written: {error.strerror}") from error
     results, fresh = [], False
     for number, stage in enumerate(cfg.stages, 1):
         command = launch_command(stage)
@@ -101,6 +104,7 @@ def _read_marker(marker: Path, command: str) -> StageResult | None:
 
 def _run_stage(stage: Stage, command: list[str], text: str) -> StageResult:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # it shows the same thing on every machine
     # DeepSpeed looks for ninja on the PATH; it lies beside the interpreter.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     # DeepSpeed compiles an operator at its first start; several compilers at once take more memory than the training.

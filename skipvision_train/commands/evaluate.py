@@ -60,7 +60,7 @@ class Config:
     plan: PlanSpec = field(default_factory=lambda: PlanSpec("own"))
     """The plan: a file of ``conf/plan`` and its fields, or a plan file's path; ``own`` is what the checkpoint has."""
     batch_size: int = 16
-    """Records per forward pass; does not change the answers."""
+    """Records per forward pass; does not change the answers but for rounding in 16 bits."""
     max_new_tokens: int = 32
     """Where an answer without an end is cut."""
     limit: int | None = None
@@ -85,7 +85,7 @@ def run(cfg: Config) -> None:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name}: {getattr(cfg, name)}; at least 1")
     from skipvision_train.data.recipes import load_recipe, load_records
-    from skipvision_train.evaluation.evaluate import blind_scores, file_images, task_of
+    from skipvision_train.evaluation.evaluate import blind_scores, derange, file_images, task_of
     from skipvision_train.evaluation.results import EvaluationResult, Scores
     from skipvision_train.evaluation.tasks import check_targets, with_metric
     from skipvision_train.inference.loading import load_for_inference, package_versions
@@ -94,6 +94,8 @@ def run(cfg: Config) -> None:
     records = with_metric(load_records(load_recipe(cfg.recipe, cfg.data_root)).read_all(), cfg.metric)
     check_targets(records, task_of)
     records = limit_per_task(records, cfg.limit, cfg.seed)
+    if cfg.blind:
+        derange(records, cfg.seed)  # what cannot be shuffled is noticed here, not behind the evaluation
     model, processor = load_for_inference(cfg.checkpoint, cfg.plan, cfg.device, cfg.precision)
     plan, groups = plan_groups(cfg.plan, model, records)
     log.info("%d questions, plan %s, on %s", len(records), plan.name, model.device)

@@ -39,7 +39,7 @@ class Config:
     output: str | None = None
     """With ``input``: the JSON-lines file of answers. What is there already is not asked again."""
     batch_size: int = 8
-    """With ``input``: prompts that run together; does not change greedy answers."""
+    """With ``input``: prompts that run together; does not change greedy answers but for rounding in 16 bits."""
     on_error: str = "continue"
     """With ``input``: a prompt that cannot be answered becomes a line with the reason (``continue``), or ends the run
     (``stop``)."""
@@ -144,7 +144,10 @@ def _count(path: str) -> int:
     """How many prompts the file holds."""
     from skipvision_train.data.prompts import prompt_lines
 
-    if not (found := sum(1 for _ in prompt_lines(Path(path), "input"))):
+    source = Path(path)
+    if source.exists() and not source.is_file():  # a pipe would be empty when its prompts are to be answered
+        raise DataError(f"input: {path}: is no regular file; prompts are read twice")
+    if not (found := sum(1 for _ in prompt_lines(source, "input"))):
         raise DataError(f"input: {path}: holds no prompts")
     return found
 

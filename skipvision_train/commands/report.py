@@ -80,7 +80,10 @@ def run(cfg: Config) -> None:
 
     html = render_report(inputs, image)
     output = Path(cfg.output)
-    write_text(output, html)
+    try:
+        write_text(output, html)
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written: {error.strerror}") from error
     log.info("wrote %s (%.1f MB)", output, output.stat().st_size / 1e6)
 
 

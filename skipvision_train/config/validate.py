@@ -360,10 +360,12 @@ def _check_trainer(trainer: TrainerSpec, world_size: int) -> None:
     _at_least("trainer.max_steps", trainer.max_steps, 1)
     if trainer.epochs is not None and not 0 < trainer.epochs < math.inf:
         raise ConfigError(f"trainer.epochs: {trainer.epochs} is out of range; use a number above 0")
-    for name, least in (("per_device_batch", 1), ("global_batch", 1), ("log_every", 1), ("seed", 0)):
-        _at_least(f"trainer.{name}", getattr(trainer, name), least)
-    for name in ("save_every", "keep_checkpoints", "workers"):
+    for name in ("per_device_batch", "global_batch", "log_every"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 1)
+    for name in ("seed", "save_every", "keep_checkpoints", "workers"):
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)
+    if trainer.seed >= 2**32:  # NumPy's generator takes 32 bits
+        raise ConfigError(f"trainer.seed: {trainer.seed} is out of range; use at most {2**32 - 1}")
     _one_of("trainer.precision", trainer.precision, ("fp32", "bf16"))
     _one_of("trainer.loss", trainer.loss, LOSSES)
     _one_of("trainer.last_layer", trainer.last_layer, ("supervised", "all"))
@@ -395,6 +397,4 @@ def _check_deepspeed(spec: DeepSpeedSpec) -> None:
         )
     _at_least("deepspeed.bucket_size", spec.bucket_size, 1)
     if owned := sorted(set(spec.extra) & set(OWNED_BY_THE_RUN)):
-        raise ConfigError(
-            f"deepspeed.extra: {', '.join(owned)} follows from trainer, stage and deepspeed; leave it out"
-        )
+        raise ConfigError(f"deepspeed.extra: {', '.join(owned)} follows from trainer, stage and deepspeed; remove it")

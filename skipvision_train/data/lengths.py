@@ -5,7 +5,7 @@ Packing wants them measured: a plan by estimates leaves room for their errors, w
 
 from __future__ import annotations
 
-import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ def measured_lengths(dataset: RecordDataset, workers: int = 0, cache: Path | Non
     lengths = _measure(dataset, np.arange(len(dataset)), workers)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp.npy")  # every process writes the same
+        temporary = cache.with_name(f"{cache.stem}.{uuid.uuid4().hex}.tmp.npy")  # process ids repeat on other nodes
         np.save(temporary, lengths)
         temporary.replace(cache)
     return lengths

@@ -64,7 +64,8 @@ def ask_plans(
     """Answer the last question of every record under every plan, and score the answers.
 
     A batch is encoded once and asked under all plans before the next one. Answers are greedy, or the likeliest of the
-    record's choices where its metric says so; they do not depend on ``batch_size``. The assistant's plan is restored.
+    record's choices where its metric says so; they do not depend on ``batch_size`` but for rounding in 16 bits. The
+    assistant's plan is restored.
 
     Args:
         assistant: any model.

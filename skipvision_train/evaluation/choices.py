@@ -13,9 +13,12 @@ MOST_LETTERS = 10
 
 _STATED = re.compile(
     r"\b(?:answer|option|choice|choose|select|pick)\b(?:\s+(?:is|are|would be|should be))?"
-    r"(?:\s+(?:the\s+)?(?:option|choice|letter|answer))?\s*[:=]?\s*[*\"'`(\[]*([A-Z])(?![A-Za-z'])(?!\s+[a-z])",
+    r"(?:\s+(?:the\s+)?(?:option|choice|letter|answer))?\s*[:=]?\s*[*\"'`(\[]*([A-Z])(?![A-Za-z'])",
     re.IGNORECASE,
 )
+_MENTIONED = re.compile(r"(?:option|choice)\s+[*\"'`(\[]*[A-Z]", re.IGNORECASE)
+_NEXT_WORD = re.compile(r"[^\S\n]+([a-z]+)")
+_JOINING = ("because", "since", "as", "and", "or", "but", "for", "which", "not")
 _LEADING = re.compile(r"[*\"'`(\[]*([A-Z])(?:[*\"'`]*[.):,\]\n]|[*\"'`]+$)")
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _ENDING = re.compile(r"(?<![A-Za-z0-9'])([A-Z])[\s.!*\"'`)\]]*$")
@@ -51,9 +54,17 @@ def read_letter(output: str, choices: Sequence[str] = ()) -> str | None:
 
 
 def _stated(output: str) -> list[str]:
-    """Letters behind "the answer is" and the like. Small ones count in brackets or at the end alone: "a" is a word."""
+    """Letters behind "the answer is" and the like. Small ones count in brackets or at the end alone: "a" is a word.
+
+    "A" and "I" are words before a small word ("A dog") that does not join sentences ("A because"). "Option B is small"
+    speaks of an option and chooses none.
+    """
     found = []
     for match in _STATED.finditer(output):
+        follows = _NEXT_WORD.match(output, match.end(1))
+        is_word = match[1].upper() in "AI" and follows and follows[1] not in _JOINING
+        if is_word or (follows and _MENTIONED.fullmatch(match[0])):
+            continue
         before, after = output[match.start(1) - 1], output[match.end(1) :].strip(" .*\"'`")
         if match[1].isupper() or before in "([" or not after:
             found.append(match[1].upper())

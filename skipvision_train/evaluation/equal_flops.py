@@ -91,7 +91,7 @@ def layer_orders(depth: int, calibration: str | None = None, model_hash: str | N
     if model_hash is not None and facts.get("model_hash", model_hash) != model_hash:
         raise ConfigError(f"calibration: {path} is of another model ({facts.get('checkpoint')}); calibrate this one")
     scores = {name: table.mean().tolist() for name, table in found.tables.items()}
-    scores.setdefault(facts.get("strategy", "vig"), list(found.scores))
+    scores[facts.get("strategy", "vig")] = list(found.scores)  # what chose: a bank's need not be the samples' mean
     for method, names in STRATEGIES.items():
         if known := [name for name in names if name in scores]:
             orders[method] = Order(rank_layers(scores[known[0]]), f"by {known[0]}")

@@ -167,7 +167,7 @@ def predict(
     """Answer the last question of every record under the model's current plan, and score the answer.
 
     Answers are greedy, or the likeliest of the record's choices where its metric says so. Rows are padded on the left
-    and positions follow the mask, so the answers do not depend on ``batch_size``.
+    and positions follow the mask, so the answers do not depend on ``batch_size`` but for rounding in 16 bits.
 
     Args:
         model: in evaluation mode.

@@ -131,6 +131,8 @@ def _needs_option(target: Target) -> None:
 def _needs_choices(target: Target) -> None:
     if len(set(target.choices)) < 2 or len(set(target.choices)) < len(target.choices):
         raise ValueError(f"'choices' has {len(target.choices)}; at least 2 different texts are needed")
+    if not all(choice.strip() for choice in target.choices):
+        raise ValueError("'choices' holds an empty text")
     right_option(target.answers[0], target.choices, letter_first=False)
 
 

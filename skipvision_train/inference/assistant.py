@@ -145,7 +145,9 @@ class Assistant:
         return self.replies([conversation], sampling)[0]
 
     def replies(self, conversations: Sequence[Conversation], sampling: Sampling | None = None) -> list[Reply]:
-        """The next turns of several conversations in one batch; greedy answers do not depend on what else is in it.
+        """The next turns of several conversations in one batch.
+
+        Greedy answers do not depend on what else is in it but for rounding in 16 bits.
 
         Raises:
             DataError: as :meth:`reply`.
@@ -182,7 +184,7 @@ class Assistant:
         Args:
             conversations: each ends with a question.
             continuations: the answers to each of them.
-            batch_size: rows per forward pass, which changes nothing else; None takes all at once.
+            batch_size: rows per forward pass, which changes nothing but rounding; None takes all at once.
 
         Raises:
             DataError: as :meth:`reply`, or an answer that the template cannot write.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from skipvision_train.errors import ConfigError
@@ -17,6 +17,22 @@ from skipvision_train.plans.cache import bytes_held, growing_cache
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoding shows for the first bytes of a character whose other bytes are still to come."""
+
+_OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")
+
+NEUTRAL: dict[str, Any] = {
+    **{
+        name: value
+        for name, value in GenerationConfig().to_dict().items()
+        if name not in _OF_THE_MODEL and not name.startswith("_")
+    },
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+}
+"""Arguments of transformers' ``generate`` that leave a model's ``generation_config.json`` no say in which token is
+taken: penalties, guidance, beams, forbidden and forced tokens, stop strings, its own cache. What ends an answer and
+what fills up rows it still says."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +68,11 @@ class Sampling:
                 raise ConfigError(f"{name}: {getattr(self, name)}; {right}")
 
     def arguments(self) -> dict[str, Any]:
-        """Of transformers' ``generate``."""
+        """Of transformers' ``generate``, all that choose tokens: the model's own settings do not count."""
         drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
             drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {"max_new_tokens": self.max_new_tokens, **drawn}
+        return {**NEUTRAL, "max_new_tokens": self.max_new_tokens, **drawn}
 
 
 @dataclass(frozen=True)
@@ -137,13 +153,12 @@ def generate(
     start = time.perf_counter()
     found = model.generate(
         **inputs,
-        **sampling.arguments(),
+        **{**sampling.arguments(), "return_dict_in_generate": True},
         eos_token_id=end_ids,
         pad_token_id=pad_id,
         past_key_values=growing_cache(model.config),
         streamer=watch,
         stopping_criteria=StoppingCriteriaList([] if stopped is None else [_Stopped(stopped)]),
-        return_dict_in_generate=True,
     )
     _, first, *later = watch.times
     return Generated(

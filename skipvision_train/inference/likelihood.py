@@ -18,23 +18,7 @@ from skipvision_train.adapters.chat import chat_messages
 from skipvision_train.data.records import Turn
 from skipvision_train.data.templates import get_template
 from skipvision_train.errors import DataError
-
-_RAW = dict.fromkeys(
-    (
-        "temperature",
-        "top_p",
-        "top_k",
-        "repetition_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "sequence_bias",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "forced_eos_token_id",
-        "eos_token_id",
-    )
-)
-"""What a model's generation settings may change about its logits, and what would end an answer early: all off."""
+from skipvision_train.inference.decoding import Sampling
 
 
 @dataclass(frozen=True)
@@ -105,9 +89,8 @@ def _force(
     steps = max(len(row[0]) for row in answers)
     model.generate(
         **inputs,
-        **_RAW,
-        do_sample=False,
-        max_new_tokens=steps,
+        **Sampling(steps).arguments(),
+        eos_token_id=None,  # one inside of an answer would end it
         pad_token_id=pad_id,
         logits_processor=LogitsProcessorList([force]),
     )

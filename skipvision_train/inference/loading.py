@@ -41,13 +41,17 @@ def load_for_inference(
         precision: ``fp32``, ``bf16`` or ``fp16``; None keeps what the checkpoint was saved in.
 
     Raises:
-        CheckpointError: the directory is no complete model.
+        CheckpointError: the directory is no complete model, or not one of ours.
         ConfigError: an unknown precision, or a device this machine does not have.
         ConfigError: a plan that does not fit the model, or a plan file that is none.
         PlanError: a plan bank of another model.
     """
     dtype, where = _dtype(precision), choose_device(device)
-    check_model_directory(checkpoint)
+    if (kind := _model_type(checkpoint)) != SkipVisionConfig.model_type:
+        raise CheckpointError(
+            f"checkpoint: {checkpoint} holds a model of transformers ({kind}); only models of this project are "
+            "evaluated; skipvision bench scores others"
+        )
     with readable(checkpoint), _bars_on_terminals():
         model = SkipVisionForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     processor = load_processor(checkpoint)

@@ -13,6 +13,7 @@ from typing import TextIO
 from PIL import Image
 
 from skipvision_train.data.images import load_image
+from skipvision_train.data.records import IMAGE_MARKER
 from skipvision_train.errors import DataError, SkipVisionError
 from skipvision_train.inference.assistant import Assistant
 from skipvision_train.inference.conversation import Conversation
@@ -222,7 +223,8 @@ class Chat:
         if not reply.text:
             self.screen.note("(an empty answer; the question is taken back)")
             return
-        self.conversation, self.images = asked.answered(reply.text), []
+        said = reply.text.replace(IMAGE_MARKER, f"{IMAGE_MARKER[0]} {IMAGE_MARKER[1:]}")  # written, but nothing shown
+        self.conversation, self.images = asked.answered(said), []
 
     def _command(self, name: str, value: str = "") -> None:
         if name == "/image" and value:

@@ -268,7 +268,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: (N, 3, S, S), the tiles of the images of all rows in order of appearance; None without images.
             image_tiles: (I,) int64 or as many numbers, how many tiles each image has, the global view first; None means
                 one each.
-            token_kinds: (B, T) int64 :class:`TokenKind`; derived from ``input_ids`` if missing.
+            token_kinds: (B, T) int64 :class:`TokenKind`, ``PAD`` on padding; derived from ``input_ids`` if missing.
             document_ids: (B, T) int64, each document one run of columns: several samples share a row, none attends to
                 another, positions restart with each, and no first label is predicted. None: a row is one document.
             position_ids: (B, T); derived if missing.
@@ -286,10 +286,12 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Without: ``logits`` (B, kept, vocabulary).
 
         Raises:
-            ValueError: placeholders and images do not agree, with both counts.
+            ValueError: placeholders and images do not agree, with both counts; images on a filled cache.
             PlanError: packed rows, and an attention implementation that takes no mask.
         """
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if decoding and pixel_values is not None:
+            raise ValueError("pixel_values: images cannot follow on a filled KV cache; give the whole conversation")
         layout, placeholders = token_layout, None
         if labels is not None:
             kwargs.setdefault("use_cache", False)  # nobody reads a cache in training
@@ -368,18 +370,16 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Repeat rows for beams; the images of a row are repeated together, not one by one."""
         pixels, tiles = kwargs.pop("pixel_values", None), kwargs.pop("image_tiles", None)
         if pixels is not None and input_ids is not None and expand_size > 1:
-            given = [1] * len(pixels) if tiles is None else tiles.tolist()
+            given = [1] * len(pixels) if tiles is None else torch.as_tensor(tiles).tolist()
             images = self._images_per_row(input_ids, given)
             cuts = [sum(row) for row in images]
             pixels = torch.cat([rows.repeat(expand_size, 1, 1, 1) for rows in pixels.split(cuts)])
-            tiles = None if tiles is None else tiles.new_tensor([t for row in images for t in row * expand_size])
+            tiles = None if tiles is None else torch.tensor([t for row in images for t in row * expand_size])
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        kwargs.update(
-            {name: value for name, value in (("pixel_values", pixels), ("image_tiles", tiles)) if value is not None}
-        )
-        return input_ids, kwargs
+        repeated = {"pixel_values": pixels, "image_tiles": tiles}
+        return input_ids, kwargs | {name: value for name, value in repeated.items() if value is not None}
 
     def _images_per_row(self, input_ids: Tensor, tiles: list[int]) -> list[list[int]]:
         """The tiles of every row's images: images fill the rows' placeholders one after the other."""
@@ -391,7 +391,7 @@ class SkipVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rows.append([])
             while left > 0 and (image := next(remaining, None)) is not None:
                 rows[-1].append(image)
-                left -= sum(counts) // len(tiles) if elastic else len(self.config.image_token_kinds(image))
+                left -= image * (sum(counts) // sum(tiles)) if elastic else len(self.config.image_token_kinds(image))
         return rows
 
 

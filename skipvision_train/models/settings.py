@@ -65,6 +65,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for name in ("depths", "image_mean", "image_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("image_size", "patch_size", "width", "layers", "heads"):
+            positive(f"vision.{name}", getattr(self, name))
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"vision.image_size: {self.image_size} is no multiple of vision.patch_size {self.patch_size}"

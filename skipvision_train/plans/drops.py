@@ -51,8 +51,10 @@ def asking_tokens(drop: Drop, layout: TokenLayout, census: Census) -> Asking:
     first answer; without such text the last token takes their place.
 
     Raises:
-        PlanError: raters in packed documents.
+        PlanError: raters or recycling in packed documents.
     """
+    if drop.recycle and layout.document_ids is not None:
+        raise PlanError("drop.recycle: makes new tokens of prompts, not of packed documents; give one document per row")
     mask = layout.last_tokens() if layout.asking is None else layout.asking.cpu()
     if drop.score in ("raters", "corrected_raters"):
         if layout.document_ids is not None:
@@ -72,9 +74,9 @@ def asking_tokens(drop: Drop, layout: TokenLayout, census: Census) -> Asking:
 
 
 def droppable(live: LiveTokens, drop: Drop, layout: TokenLayout) -> Tensor:
-    """(B, W) bool: the live tokens that a drop ranks; a document's last token is never one of them."""
-    last = upload(layout.last_tokens(), live.columns.device).gather(1, live.columns)
-    return live.real & is_kind(live.kinds, drop.kinds) & ~last
+    """(B, W) bool: the live tokens that a drop ranks, without those that always stay."""
+    staying = upload(layout.staying(), live.columns.device).gather(1, live.columns)
+    return live.real & is_kind(live.kinds, drop.kinds) & ~staying
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto", even_dense: 
 
     Raises:
         PlanError: no decoder of the LLaMA shape, another depth than the plan's, a plan attached already, a backend that
-            is unknown or not installed; in forwards, one that cannot run there.
+            is unknown or not installed, layers on several devices; in forwards, a backend that cannot run there.
     """
     decoder = find_decoder(model)
     plan = plan.bind(len(decoder.layers))
@@ -103,12 +103,26 @@ def attach(model: nn.Module, plan: SkipPlan, backend: str = "auto", even_dense: 
     check_backend(backend)
     if plan.is_dense and not even_dense:
         return Attachment(plan, None)
+    _check_one_device(decoder, plan)
     # Bound methods rather than closures: copy.deepcopy rebinds them to the copy.
     for module, forward in _changed(decoder):
         module.__dict__["_stock_forward"] = module.forward
         module.__dict__["forward"] = MethodType(forward, module)
     decoder.__dict__["_skip_plan"], decoder.__dict__["_skip_backend"] = plan, backend
     return Attachment(plan, decoder)
+
+
+def _check_one_device(decoder: Any, plan: SkipPlan) -> None:
+    """Refuse layers that accelerate moves tensors for: a plan's index tensors stand on one device.
+
+    Raises:
+        PlanError: such layers.
+    """
+    if any("_hf_hook" in layer.__dict__ for layer in decoder.layers):
+        raise PlanError(
+            f"plan {plan.name!r}: the model's layers are spread over devices (device_map); a plan needs one, as "
+            "device_map={'': 0} has it"
+        )
 
 
 def _changed(decoder: Any) -> list[tuple[Any, Callable[..., Any]]]:
@@ -174,6 +188,7 @@ def _mask_for(decoder: Any, visible: Tensor, call: dict[str, Any]) -> Tensor:
 
 def _run(decoder: Any, layout: TokenLayout, call: dict[str, Any], visible: Tensor | None = None) -> PlanRun:
     inputs = _inputs(call)
+    _check_one_device(decoder, decoder._skip_plan)  # from_pretrained(device_map=...) places a model with its plan on
     # Attention maps come from stock layers alone, which want a mask over packed documents.
     name = "sdpa" if call.get("output_attentions") else decoder._skip_backend
     backend = backend_for(name, decoder, inputs, layout.document_ids is not None)

@@ -91,6 +91,13 @@ class TokenLayout:
             is_last |= self.document_ids.gather(1, following.clamp_max(length - 1)) != self.document_ids
         return real & is_last
 
+    def staying(self) -> Tensor:
+        """(batch, length) bool: every document's last token and those that ask. No drop removes them, whatever their
+        kind: the next token is predicted from them. An answer directly behind an image is asked for by a visual token.
+        """
+        last = self.last_tokens()
+        return last if self.asking is None else last | (self.asking & (self.kinds != TokenKind.PAD))
+
     def visible(self) -> Tensor:
         """(batch, length, length) bool: query i may attend to key j (causal, same document, key no padding).
 

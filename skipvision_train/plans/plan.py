@@ -242,13 +242,15 @@ class SkipPlan:
         """Read a plan file.
 
         Raises:
-            PlanError: the file is missing, is no JSON, or is no plan; the message names it.
+            PlanError: the file is missing or no file, is no JSON, or is no plan; the message names it.
         """
         path = Path(path)
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise PlanError(f"{path}: no such plan file") from error
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read as a plan file: {error.strerror}") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: not JSON: {error}") from error
         return cls.from_dict(data, where=str(path))

@@ -34,7 +34,7 @@ class Census:
         counts: for every document, how many live tokens there are of each set of kinds. The sets start as single kinds
             and are joined by a drop that ranks several kinds together.
         original: the same before any drop.
-        fixed: the kind of every document's last token, which no drop removes: the next token is predicted from it.
+        fixed: for every document, how many tokens of each set of one kind no drop removes.
     """
 
     def __init__(self, layout: TokenLayout) -> None:
@@ -43,14 +43,16 @@ class Census:
         self.rows: list[int] = []
         self.members: list[Tensor] = []
         self.counts: list[dict[Kinds, int]] = []
-        self.fixed: list[TokenKind] = []
+        self.fixed: list[dict[Kinds, int]] = []
+        staying = layout.staying()
         for row, (kinds, owners) in enumerate(zip(layout.kinds, documents, strict=True)):
             for owner in owners[kinds != TokenKind.PAD].unique_consecutive():
                 own = (owners == owner) & (kinds != TokenKind.PAD)
                 self.rows.append(row)
                 self.members.append(own)
                 self.counts.append({frozenset({k}): int((kinds[own] == k).sum()) for k in TokenKind})
-                self.fixed.append(TokenKind(int(kinds[own][-1])))
+                stay = kinds[own & staying[row]]
+                self.fixed.append({frozenset({k}): int((stay == k).sum()) for k in TokenKind})
         self.original = [dict(counts) for counts in self.counts]
 
     def live(self, kinds: Kinds | None = None) -> list[int]:
@@ -66,8 +68,8 @@ class Census:
 
     def droppable(self, document: int, kinds: Kinds, original: bool = False) -> int:
         """How many tokens of ``kinds`` a document has that a drop may remove."""
-        counts = (self.original if original else self.counts)[document]
-        return sum(n for known, n in counts.items() if known <= kinds) - (self.fixed[document] in kinds)
+        counts, fixed = (self.original if original else self.counts)[document], self.fixed[document]
+        return sum(n for k, n in counts.items() if k <= kinds) - sum(n for k, n in fixed.items() if k <= kinds)
 
     def plan_drop(self, drop: Drop, asks: list[bool]) -> list[int]:
         """How many of its droppable tokens every document keeps.
@@ -87,7 +89,7 @@ class Census:
         for i, counts in enumerate(self.counts):
             before = self.droppable(i, drop.kinds)
             for known in [known for known in counts if known <= drop.kinds]:
-                counts[known] = int(self.fixed[i] in known) if len(known) == 1 else 0
+                counts[known] = self.fixed[i].get(known, 0)
             counts[drop.kinds] = counts.get(drop.kinds, 0) + kept[i] + drop.recycled(before - kept[i])
 
 

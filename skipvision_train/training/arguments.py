@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -10,6 +11,8 @@ from transformers import TrainingArguments
 from skipvision_train.config.specs import TrainConfig
 from skipvision_train.training.batching import BatchArithmetic
 from skipvision_train.training.deepspeed_config import render
+
+log = logging.getLogger(__name__)
 
 
 def engine_name(cfg: TrainConfig) -> str:
@@ -31,7 +34,7 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
     deepspeed = None
     if cfg.deepspeed is not None:
         deepspeed = render(cfg.deepspeed, trainer, arithmetic.accumulation, stage.max_grad_norm)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=trainer.output_dir,
         max_steps=arithmetic.steps,
         per_device_train_batch_size=trainer.per_device_batch,
@@ -65,3 +68,7 @@ def training_arguments(cfg: TrainConfig, arithmetic: BatchArithmetic) -> Trainin
         run_name=stage.name,
         deepspeed=deepspeed,
     )
+    if args.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, which nothing here counts with
+        log.warning("one of this machine's %d GPUs is used; launch/torchrun.sh takes them all", args.n_gpu)
+        args._n_gpu = 1
+    return args

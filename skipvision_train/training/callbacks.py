@@ -52,7 +52,7 @@ class MetricsFile(LineCallback):
         if not state.is_world_process_zero or not self.path.exists():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_lines(self.path, kept)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a line after the last step."""
@@ -105,6 +105,18 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def replace_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Have these rows, and nothing else, in a JSON-lines file.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    try:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
 

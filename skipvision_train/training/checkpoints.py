@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,8 +120,26 @@ def checksum(file: Path, durable: bool = False) -> int:
 
 
 def checksums(directory: Path, names: Sequence[str], durable: bool = False) -> dict[str, int]:
-    """:func:`checksum` of some of a checkpoint's files. Processes share the work: each takes every n-th name."""
+    """:func:`checksum` of some of a checkpoint's files."""
     return {name: checksum(directory / name, durable) for name in names}
+
+
+def shared_checksums(
+    directory: Path, rank: int, processes: int, gather: Callable[[list[Any]], list[Any]]
+) -> dict[str, int]:
+    """Durable checksums of all files of a checkpoint that all processes have written. All of them call it.
+
+    Each takes every n-th name of all that any process sees: on a network's file system the listing of one node may
+    lack, for some seconds, what another has written.
+
+    Args:
+        directory: the checkpoint.
+        rank: this process's.
+        processes: how many there are.
+        gather: list of this process -> all processes' lists, joined in the order of the ranks.
+    """
+    names = list(dict.fromkeys(gather(written_files(directory))))
+    return dict(gather(list(checksums(directory, names[rank::processes], durable=True).items())))
 
 
 def mark_complete(directory: Path, info: CheckpointInfo, sums: Mapping[str, int] | None = None) -> None:
@@ -132,10 +150,10 @@ def mark_complete(directory: Path, info: CheckpointInfo, sums: Mapping[str, int]
         info: its facts.
         sums: durable checksums of all files; None computes them here.
     """
-    names = written_files(directory)
-    sums = checksums(directory, names, durable=True) if sums is None else sums
-    sizes = {name: (directory / name).stat().st_size for name in sorted(names)}
-    for folder in {directory, directory.parent, *((directory / name).parent for name in names)}:
+    if sums is None:
+        sums = checksums(directory, written_files(directory), durable=True)
+    sizes = {name: (directory / name).stat().st_size for name in sorted(sums)}
+    for folder in {directory, directory.parent, *((directory / name).parent for name in sizes)}:
         sync(folder)
     temporary = directory / f"{MARKER}.tmp"
     content = {**asdict(info), "files": sizes, "crc32": {name: sums[name] for name in sizes}}
@@ -255,7 +273,7 @@ def _space(directory: Path) -> str:
 
 
 def publish_model(partial: Path, final: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check a written model directory tensor by tensor and give it its final name.
+    """Check a written model directory tensor by tensor and give it its final name, once all of it is on the disk.
 
     Args:
         partial: where it was written.
@@ -275,7 +293,10 @@ def publish_model(partial: Path, final: Path, expected: Mapping[str, tuple[int, 
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             raise CheckpointError(f"{partial}: {name} has shape {shapes.get(name)}, the model has {shape}")
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
     partial.replace(final)
+    sync(final.parent)
 
 
 def is_finished(run: Path) -> bool:

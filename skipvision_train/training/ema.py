@@ -65,10 +65,19 @@ class WeightAverage(TrainerCallback):
 
     def replace(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights with the average in the place of those that train, in their types."""
-        state = {
-            name: self.average[name].to(value.dtype) if name in self.average else value for name, value in state.items()
-        }
-        for copy, original in self.model.all_tied_weights_keys.items():
-            if copy in state:
-                state[copy] = state[original]
-        return state
+        return averaged(state, self.average, self.model.all_tied_weights_keys)
+
+
+def averaged(state: Mapping[str, Tensor], average: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """``state`` with the average in the place of the weights that it has, in their types.
+
+    Args:
+        state: of tied weights all names or one, whichever.
+        average: knows tied weights by the name of the original.
+        tied: name of the copy -> name of the original.
+    """
+    found = {
+        name: average[own].to(value.dtype) if (own := tied.get(name, name)) in average else value
+        for name, value in state.items()
+    }
+    return found | {copy: found[own] for copy, own in tied.items() if copy in found and own in found}

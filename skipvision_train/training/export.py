@@ -27,17 +27,16 @@ from skipvision_train.training.checkpoints import (
     changed_files,
     publish_model,
     read_marker,
-    sync,
     writing,
-    written_files,
 )
+from skipvision_train.training.ema import AVERAGE, averaged
 from skipvision_train.training.lora import ADAPTERS, DOWN, SETTINGS, merged
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATE = re.compile(
-    r"global_step|latest|universal|rng_state|scheduler\.pt|optimizer|trainer_state|training_args|zero_to_|DAMAGED|lora\.json"
+    r"average|global_step|latest|universal|rng_state|scheduler\.pt|optimizer|trainer_state|training_args|zero_to_|DAMAGED|lora\.json"
     r"|model.*\.safetensors"
 )
 """Beginnings of names that are training state, or weights, which are written anew."""
@@ -58,8 +57,10 @@ def export(checkpoint: Path, output: Path, dtype: str | None = None) -> None:
         CheckpointError: files have changed or are missing, or fp32 is nowhere in them.
     """
     check(checkpoint, output)
-    expected = {name: tuple(p.shape) for name, p in meta_model(read_config(checkpoint)).named_parameters()}
+    model = meta_model(read_config(checkpoint))
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state, adapters = read_state(checkpoint, dtype)
+    state = averaged(state, read_tensors(checkpoint, AVERAGE), model.all_tied_weights_keys)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with writing(partial):
@@ -70,11 +71,7 @@ def export(checkpoint: Path, output: Path, dtype: str | None = None) -> None:
         write_weights(state, partial)
         if adapters:
             save_file(adapters, partial / ADAPTERS)
-        for name in written_files(partial):
-            sync(partial / name)
-        sync(partial)
         publish_model(partial, output, expected)
-        sync(output.parent)
     count, kinds = sum(t.numel() for t in state.values()), sorted({str(t.dtype)[6:] for t in state.values()})
     log.info("%s: %d tensors, %d parameters, %s", output, len(state), count, ", ".join(kinds))
 
@@ -116,11 +113,7 @@ def read_state(checkpoint: Path, dtype: str | None) -> tuple[dict[str, Tensor], 
         CheckpointError: there are no weights, fp32 is asked for and only less is there, or adapters of an earlier
             version, which does not say how they are merged.
     """
-    files = sorted(checkpoint.glob("*.safetensors"))
-    try:
-        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint}: weights cannot be read: {error}") from error
+    state = read_tensors(checkpoint, "model*.safetensors")
     sharded = (checkpoint / "latest").is_file()
     floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if dtype == "fp32" and floating != {torch.float32}:
@@ -132,7 +125,7 @@ def read_state(checkpoint: Path, dtype: str | None) -> tuple[dict[str, Tensor], 
         state |= masters(checkpoint)  # scales of weights in 4 bits are no parameters: they are in the files alone
     elif not state:
         if not sharded:
-            raise CheckpointError(f"{checkpoint}: holds no *.safetensors and no shards of DeepSpeed")
+            raise CheckpointError(f"{checkpoint}: holds no model*.safetensors and no shards of DeepSpeed")
         state = masters(checkpoint)
     adapters: dict[str, Tensor] = {}
     if (checkpoint / SETTINGS).is_file():
@@ -145,6 +138,18 @@ def read_state(checkpoint: Path, dtype: str | None) -> tuple[dict[str, Tensor], 
     if dtype is None:
         return state, adapters
     return {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in state.items()}, adapters
+
+
+def read_tensors(checkpoint: Path, pattern: str) -> dict[str, Tensor]:
+    """All tensors of the files with such names; none where there is no such file.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    try:
+        return {name: value for file in sorted(checkpoint.glob(pattern)) for name, value in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint}: weights cannot be read: {error}") from error
 
 
 def masters(checkpoint: Path) -> dict[str, Tensor]:

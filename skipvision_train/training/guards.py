@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import deque
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skipvision_train.errors import TrainingError
-from skipvision_train.training.callbacks import append_lines
+from skipvision_train.training.callbacks import append_lines, read_metrics, replace_lines
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +66,11 @@ class NonfiniteGuard:
         return len(self._steps)
 
     def begin(self, step: int) -> None:
-        """Take over what the run counted up to the step that it continues from."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self._steps = {number for line in lines if (number := json.loads(line)["step"]) <= step}
+        """Take over what the run counted up to the step that it continues from; a cut last line is left out."""
+        rows = read_metrics(self.path) if self.path.exists() else []
+        self._steps = {number for row in rows if (number := row["step"]) <= step}
+        if self.writes and self.path.exists():
+            replace_lines(self.path, rows)
 
     def skipped(self, step: int, batches: Sequence[BatchLoss]) -> None:
         """Note a step.

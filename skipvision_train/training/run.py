@@ -118,10 +118,18 @@ def prepare_environment(cfg: TrainConfig) -> None:
     """What DeepSpeed reads from the environment: the device, and the process group of a run without a launcher.
 
     transformers' bars for loading and saving files are switched off; the trainer's own is ``trainer.progress_bar``.
+
+    Raises:
+        ConfigError: the launcher has started more processes than there are GPUs.
     """
     disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif (rank := int(os.environ.get("LOCAL_RANK", "0"))) >= (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"PROCESSES: process number {rank + 1} of this machine has no GPU: there are {gpus}, one for each process; "
+            f"use PROCESSES={gpus}"
+        )
     if cfg.deepspeed is None or "RANK" in os.environ:
         return
     with socket.socket() as free:

@@ -34,15 +34,14 @@ from skipvision_train.training.checkpoints import (
     PARTIAL,
     CheckpointInfo,
     changed_files,
-    checksums,
     mark_complete,
     newest_complete,
     publish_model,
     remove_old,
     set_aside,
+    shared_checksums,
     sync,
     writing,
-    written_files,
 )
 from skipvision_train.training.ema import WeightAverage
 from skipvision_train.training.facts import FactsCollator, model_inputs
@@ -228,6 +227,9 @@ class StageTrainer(Trainer):
 
         The label of the first position is predicted by nothing and does not count.
         """
+        if self.state.global_step >= self.state.max_steps:  # died behind the last checkpoint, in the middle of an epoch
+            self.control.should_training_stop = True
+            return [], torch.ones((), device=device)
         self.watch.begin("data")
         self._loss_before = self._tr_loss.clone()
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -315,8 +317,7 @@ class StageTrainer(Trainer):
         with writing(directory):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            mine = written_files(directory)[self.args.process_index :: self.args.world_size]
-            sums = dict(gather_object(list(checksums(directory, mine, durable=True).items())))
+            sums = shared_checksums(directory, self.args.process_index, self.args.world_size, gather_object)
             if self.is_world_process_zero():
                 if (metrics := self.run_dir / METRICS).exists():
                     sync(metrics)

@@ -57,6 +57,13 @@ def entries(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
+def test_a_task_whose_scores_chose_is_drawn_once_and_in_bold():
+    (axes,) = vig_by_task(TASKS, TASKS["colour"]).axes
+    assert set(lines(axes)) == set(TASKS)
+    widths = {line.get_label(): line.get_linewidth() for line in axes.lines}
+    assert widths["colour"] > widths["count"]
+
+
 def point(n, kl, accuracy=None, flops=1.0):
     share = None if accuracy is None else Accuracy(accuracy, accuracy - 0.1, accuracy + 0.05, 100)
     return Point(n, Estimate(kl, kl / 2, kl * 3), share, flops)

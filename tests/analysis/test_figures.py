@@ -3,8 +3,12 @@
 import io
 
 import pytest
+from matplotlib.cbook import is_math_text
+from matplotlib.text import Text
 from PIL import Image
 
+from skipvision_train.analysis.attention_figures import ImageSpan, attention_heads, attention_map
+from skipvision_train.analysis.calibration_figures import skip_map, transfer_matrix, vig_by_task
 from skipvision_train.analysis.figures import DARK, LIGHT, loss_curves, smooth, task_bars, to_png, vig_profile
 from skipvision_train.evaluation.metrics import Accuracy
 
@@ -37,6 +41,31 @@ def test_vig_marks_the_chosen_layers_and_the_zero():
 
 def test_all_scores_zero_can_be_drawn():
     assert to_png(vig_profile([0.0, 0.0], []))
+
+
+MONEY = "a_$x_{$"
+"""No formula of matplotlib's: drawn as one it is an error. ``$x$`` would lose its signs."""
+SPAN = ImageSpan(["skipped"] * 2, 0, {"skipped": MONEY})
+OF_TASKS = {
+    "vig": lambda name: vig_by_task({name: [0.5, 0.0], "b": [0.2, 0.0]}, [0.3, 0.0], title=name),
+    "vig of one": lambda name: vig_profile([0.5, 0.0], [1], title=name),
+    "skip map": lambda name: skip_map({1: {name: [1]}}, 2),
+    "transfer": lambda name: transfer_matrix([[0.1, 0.2]] * 2, [name, "b"], ["b", name], title=name),
+    "tasks": lambda name: task_bars({name: {name: Accuracy(0.6, 0.4, 0.7, 10)}, "b": {}}, title=name),
+    "losses": lambda name: loss_curves({name: [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 1.0}]}),
+    "map": lambda name: attention_map([[0.1, 0.2]], SPAN, title=name),
+    "heads": lambda name: attention_heads([[[[0.1, 0.2]]]], [0], [0], [name], SPAN, title=name),
+}
+
+
+@pytest.mark.parametrize("figure", OF_TASKS)
+@pytest.mark.parametrize("name", [MONEY, "$x$"])
+def test_names_are_no_formulas(figure, name):
+    drawn = OF_TASKS[figure](name)
+    assert to_png(drawn, dpi=40)
+    labels = [text.get_text() for text in drawn.findobj(Text) if "$x" in text.get_text()]
+    assert {label.replace("\\$", "$") for label in labels} >= {name}
+    assert not any(map(is_math_text, labels))
 
 
 def test_bars_carry_their_intervals():

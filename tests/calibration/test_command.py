@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 from tiny_vlms import make_family
 
 from skipvision_train import apply
-from skipvision_train.analysis.calibration_report import read_calibration, section
+from skipvision_train.analysis.calibration_report import layer_table, read_calibration, section
 from skipvision_train.calibration import session
 from skipvision_train.calibration.bank import PlanBank
 from skipvision_train.calibration.samples import prompt_samples, read_jsonl
@@ -99,24 +100,34 @@ def test_plan_and_scores_of_a_model_of_transformers(workspace, alone, capsys):
     assert {p.name for p in alone.glob("*.png")} == {"vig.png", "vig_by_task.png", "skip_map.png", "transfer.png"}
 
 
-def on_two_processes(workspace, output, *overrides):
-    """What the command prints when two processes share it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
-    command += ["skipvision_train", "calibrate", *arguments(workspace, output, *overrides)]
+def on_two_processes(workspace, output, *overrides, folders=""):
+    """What the command prints when two processes share it, each in its own one of ``folders`` if some are given."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python"]
+    command += ["sh", "-c", (f'cd "{folders}/$RANK" && ' if folders else "") + 'exec "$@"', "sh", sys.executable]
+    command += ["-m", "skipvision_train", "calibrate", *arguments(workspace, output, *overrides)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def test_one_sample_is_shared_by_two_processes_in_a_search(workspace, tmp_path, capsys):
-    """One process has nothing to measure, and takes the same steps: it counts the other's tokens."""
+def test_one_sample_is_shared_by_two_processes_in_a_search(workspace, tmp_path, capsys, monkeypatch):
+    """One process has nothing to measure, and takes the same steps: it counts the other's tokens.
+
+    Each has an output folder of its own, and only the first one's holds finished layers.
+    """
     overrides = ["samples=1", "strategy.search=joint", "strategy.rescore=true", "budget=flops", "budget.flops=0.9"]
+    monkeypatch.setattr(session.Session, "forget", lambda self: None)
     run_command("calibrate", arguments(workspace, tmp_path / "one", *overrides))
     saving = capsys.readouterr().out.split("prefill of the decoder: ")[1]
-    done = on_two_processes(workspace, tmp_path / "two", *overrides)
+    for rank in "01":
+        (tmp_path / rank / "two").mkdir(parents=True)
+    shutil.copy(tmp_path / "one" / "partial.json", tmp_path / "0" / "two")
+    done = on_two_processes(workspace, "two", *overrides, folders=tmp_path)
     assert done.stdout.split("prefill of the decoder: ")[1] == saving
-    assert SkipPlan.load(tmp_path / "two" / "plan.json") == SkipPlan.load(tmp_path / "one" / "plan.json")
+    assert done.stderr.count("going on after 2 finished layers") == 1
+    assert SkipPlan.load(tmp_path / "0" / "two" / "plan.json") == SkipPlan.load(tmp_path / "one" / "plan.json")
+    assert list((tmp_path / "1" / "two").iterdir()) == []
 
 
 def test_two_processes_give_the_same_numbers_and_the_same_plan(workspace, alone):
@@ -205,9 +216,15 @@ def test_a_run_that_was_broken_off_goes_on(workspace, alone, monkeypatch, tmp_pa
     finished = (tmp_path / "c" / "partial.json").read_text()
     assert list(json.loads(finished)["layers"]) == ["0"]
     monkeypatch.setattr(session.Partial, "keep", keep)
-    with pytest.raises(SystemExit):
-        run_command("calibrate", arguments(workspace, tmp_path / "c", "positions=answer", "seed=1"))
-    assert "that differs in positions, samples; name another output=..., or begin" in capsys.readouterr().err
+    others = shutil.copytree(workspace, tmp_path / "others", ignore=shutil.ignore_patterns("model"))
+    for overrides, differing in (
+        (["positions=answer", "seed=1"], "positions, samples"),
+        ([f"prompts={others / 'prompts.jsonl'}"], "prompts"),  # lines of the same numbers
+        (["image_token_id=5"], "image_token_id"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command("calibrate", arguments(workspace, tmp_path / "c", *overrides))
+        assert f"that differs in {differing}; name another output=..., or begin" in capsys.readouterr().err
     assert (tmp_path / "c" / "partial.json").read_text() == finished
     with caplog.at_level("INFO"):
         run_command("calibrate", arguments(workspace, tmp_path / "c"))
@@ -249,6 +266,35 @@ def test_a_bank_holds_a_plan_for_every_task(workspace, tmp_path):
     assert len(json.loads((tmp_path / "seeds.json").read_text())["scores"]) == 2
     with pytest.raises(PlanError, match="another model"):
         PlanBank.load(tmp_path / "bank", model_hash="0" * 64)
+
+
+def test_a_universal_plan_of_one_task_is_told_with_the_scores_and_records_of_that_task(workspace, tmp_path, capsys):
+    """The threshold lies between the task's score of a layer and all samples' of it: these would choose otherwise."""
+    overrides = ["bank=true", "universal=a", "samples=2", "draws=2", "overwrite=true"]
+    run_command("calibrate", arguments(workspace, tmp_path, *overrides))
+    table = scores_of(tmp_path)
+    layer = int((table.mean("a") - table.mean()).abs().argmax())
+    threshold = float((table.mean("a")[layer] + table.mean()[layer]) / 2)
+    overrides += ["budget=threshold", f"budget.threshold={threshold}"]
+    capsys.readouterr()
+    run_command("calibrate", arguments(workspace, tmp_path, *overrides))
+    printed, vig = capsys.readouterr().out, json.loads((tmp_path / "vig.json").read_text())
+    expected = table.mean("a").tolist()
+    layers = [i for i, score in enumerate(expected) if score <= threshold]
+    assert layers != [i for i, score in enumerate(table.mean().tolist()) if score <= threshold]
+    assert (vig["scores"], vig["layers"], vig["task"], vig["universal"]) == (expected, layers, "a", "a")
+    columns = [i for i, task in enumerate(table.tasks) if task == "a"]
+    own = [table.samples[i] for i in columns]
+    assert vig["records"] == SkipPlan.load(tmp_path / "plan.json").provenance["records"] == own
+    rows = re.findall(r"^ +\d +(\S+) +\S+ to ", printed, re.MULTILINE)
+    assert [float(score) for score in rows] == pytest.approx(expected, rel=1e-3)
+    assert f"on the {len(table.samples)} samples, {len(own)} of which chose it" in printed
+    seeds = json.loads((tmp_path / "seeds.json").read_text())["scores"]
+    pairs = [table.values[:, list(pair)].mean(-1).tolist() for pair in combinations(columns, 2)]
+    assert all(any(scores == pytest.approx(pair) for pair in pairs) for scores in seeds)
+    calibration = read_calibration(tmp_path)
+    assert [row["score"] for row in layer_table(calibration)["rows"]] == [f"{score:.2e}" for score in expected]
+    assert layer_table(calibration)["rows"][0]["interval"] == [f"{x:.1e}" for x in table.interval("a")[0].tolist()]
 
 
 @pytest.mark.parametrize(

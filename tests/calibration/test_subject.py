@@ -4,15 +4,21 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlms import make_family
 from torch import nn
 
+from skipvision_train.calibration.ranks import Ranks
 from skipvision_train.calibration.samples import prompt_samples
+from skipvision_train.calibration.session import Session
+from skipvision_train.calibration.sweep import read_logits
+from skipvision_train.commands.calibrate import Config
 from skipvision_train.errors import CheckpointError, ConfigError
+from skipvision_train.inference import Assistant, Conversation
 from skipvision_train.inference.loading import choose_device, load_for_inference, load_model
 from skipvision_train.models.identity import model_hash
-from skipvision_train.plans import vskip
+from skipvision_train.plans import skip_kv, vskip
 
 
 @pytest.fixture
@@ -43,6 +49,44 @@ def test_a_directory_of_ours_is_loaded(own_model, own_processor, tmp_path):
     assert not model.training
     assert processor.tokens_per_image == own_processor.tokens_per_image
     assert model_hash(model) == model_hash(own_model)
+
+
+def session_under(model, processor, record, folder, plan, positions):
+    """A calibration of one record on the saved model."""
+    model.config.skip_plan = plan.bind(3).to_dict()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    cfg = Config(checkpoint=str(folder), prompts="p.jsonl", samples=1, positions=positions, device="cpu")
+    return Session.open(cfg, Ranks(), [record("What is it?", "A cat.")])
+
+
+@pytest.mark.parametrize(
+    ("when", "positions", "message"),
+    [
+        ("before_first_token", "next", "checkpoint: .* by which skipped leave the KV cache before_first_token, and"),
+        ("after_first_token", "answer", "positions: 'answer', but under the plan .* skipped leave .*; use next"),
+    ],
+)
+def test_eviction_that_the_scores_would_not_show_is_refused(
+    own_model, own_processor, record, tmp_path, when, positions, message
+):
+    with pytest.raises(ConfigError, match=message):
+        session_under(own_model, own_processor, record, tmp_path, skip_kv(evict_when=when), positions)
+
+
+@torch.no_grad()
+def test_what_is_read_under_a_plan_that_evicts_behind_the_first_token_is_what_generation_uses(
+    own_model, own_processor, record, tmp_path
+):
+    session = session_under(own_model, own_processor, record, tmp_path, skip_kv("middle + small"), "next")
+    (logits,) = read_logits(session.model, session.own[0], session.base).log_softmax(-1)
+    letters = "abcxyz"
+    with Image.open(tmp_path / "7.png") as image:
+        asked = Conversation.begin(None).ask("<image>\nWhat is it?", [image.convert("RGB")])
+    (found,) = Assistant(session.model, own_processor).log_likelihoods([asked], [list(letters)])
+    ids = [own_processor.tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in letters]
+    assert [one.tokens for one in found] == [1] * len(letters)
+    torch.testing.assert_close(torch.tensor([one.log_prob for one in found]), logits[ids], atol=1e-4, rtol=1e-4)
 
 
 def lose(directory, ending):

@@ -80,6 +80,8 @@ def test_the_default_is_valid(cfg):
         ("trainer.precision", "fp16", r"^trainer\.precision: 'fp16' is unknown; use fp32, bf16"),
         ("trainer.resume", "yes", r"^trainer\.resume: 'yes' is unknown; use auto, never"),
         ("trainer.wandb", "on", r"^trainer\.wandb: 'on' is unknown; use off, offline, online"),
+        ("trainer.seed", -1, r"^trainer\.seed: -1 is out of range; use 0 or more"),
+        ("trainer.seed", 2**32, r"^trainer\.seed: 4294967296 is out of range; use at most 4294967295"),
         ("trainer.workers", -1, r"^trainer\.workers: -1 is out of range; use 0 or more"),
         ("deepspeed", DeepSpeedSpec(stage=4), r"^deepspeed\.stage: 4 is unknown; use 1, 2 or 3"),
         ("deepspeed", DeepSpeedSpec(offload_param=True), r"^deepspeed\.offload_param: true needs .*stage 3, not 2"),

@@ -85,6 +85,21 @@ def test_a_failed_stage_stops_the_demo_and_is_tried_again(config):
     assert ran(config) == ["one", "break", "break"]
 
 
+def test_the_stages_see_no_gpu(config, output, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    tell = f"import os; open({str(output / 'seen')!r}, 'a').write(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    monkeypatch.setattr(demo, "launch_command", lambda stage: [sys.executable, "-c", tell])
+    demo.run(config)
+    assert (output / "seen").read_text() == "''" * 3
+
+
+def test_an_output_that_is_a_file_is_one_line(config, output):
+    (output / "file").write_text("mine")
+    config.output = str(output / "file")
+    with pytest.raises(ConfigError, match=r"^output: .*file cannot be written: "):
+        demo.run(config)
+
+
 def test_an_empty_demo_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="stages"):
         demo.run(demo.Config(output=str(tmp_path)))

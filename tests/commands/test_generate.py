@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -20,6 +21,11 @@ from skipvision_train.plans import TokenKind, dense, skip_ffn, vskip
 
 LENGTH = "max_new_tokens=6"
 SHORT = Sampling(max_new_tokens=6)
+PLAIN = (
+    "{% for m in messages %}{% for p in m.content %}{{ '<|image_pad|>' if p.type == 'image' else p.text }} {% endfor %}"
+    "{% endfor %}"
+)
+"""A chat template of words for the models of transformers."""
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +184,17 @@ def test_prompts_without_an_answer_are_counted(command, folder, tmp_path):
     assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_pipe_of_prompts_is_refused(command, tmp_path):
+    """It is read twice: counted, then answered."""
+    reading, writing = os.pipe()
+    os.write(writing, b'{"prompt": "Why?"}\n')
+    os.close(writing)
+    status, out, err = command(f"input=/dev/fd/{reading}", f"output={tmp_path / 'a.jsonl'}")
+    os.close(reading)
+    assert (status, out) == (1, "")
+    assert last(err) == f"error: input: /dev/fd/{reading}: is no regular file; prompts are read twice"
+
+
 # --- a chat --------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +268,23 @@ def test_what_goes_wrong_in_a_chat_leaves_it_as_it_was(command, ours):
         assert part in message
     assert errors[4] == "error: chat: 4 lines went wrong"
     assert status == 1
+
+
+@pytest.mark.parametrize("model", ["ours", "qwen2_5_vl"])
+def test_an_answer_that_spells_the_marker_is_no_image(folder, model, monkeypatch):
+    assistant = Assistant.open(folder / model, device="cpu")
+    assistant.processor.chat_template = PLAIN
+    stored, reply = [], assistant.reply
+
+    def spelling(conversation, sampling):
+        stored.append(conversation)
+        return replace(reply(conversation, sampling), text="an <image> w3")
+
+    monkeypatch.setattr(assistant, "reply", spelling)
+    chat = Chat(assistant, Screen(io.StringIO(), io.StringIO()), SHORT)
+    chat.run(["w1", "w2"])
+    assert (chat.failed, len(stored)) == (0, 2)
+    assert [turn.text for turn in stored[1].turns] == ["w1", "an < image> w3", "w2"]
 
 
 class Terminal(io.StringIO):

@@ -93,6 +93,22 @@ def test_the_file_is_read_instead_of_the_records(records, processor, tmp_path):
         measured_lengths(dataset, cache=cache)
 
 
+def test_processes_of_two_machines_do_not_share_a_temporary_file(records, processor, tmp_path, monkeypatch):
+    """Whatever their process ids are: one measures and writes while the other does."""
+    dataset, cache, save, names = RecordDataset(records, processor), tmp_path / "lengths-0.npy", np.save, []
+
+    def both_at_once(path, lengths):
+        names.append(path.name)
+        save(path, lengths)
+        if len(names) == 1:
+            measured_lengths(dataset, cache=cache)
+
+    monkeypatch.setattr(np, "save", both_at_once)
+    measured_lengths(dataset, cache=cache)
+    assert len(set(names)) == 2
+    assert [path.name for path in tmp_path.glob("lengths*")] == ["lengths-0.npy"]
+
+
 def test_an_estimate_is_calibrated(record, turns, processor):
     """Every text has one token a byte under this tokenizer's few merges, or a little less: so says the estimate."""
     rng = np.random.default_rng(0)

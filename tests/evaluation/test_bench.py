@@ -281,6 +281,11 @@ def test_every_method_takes_its_own_scores_or_the_deepest(calibration):
     assert set(layer_orders(3).values()) == {Order((2, 1, 0), "the deepest")}
 
 
+def test_the_scores_that_chose_the_plan_go_before_the_mean_over_the_samples(calibration):
+    (calibration / "vig.json").write_text(json.dumps({"scores": [1.0, 3.0, 2.0], "layers": [0], "strategy": "vig"}))
+    assert layer_orders(3, str(calibration))["vskip"] == Order((0, 2, 1), "by vig")
+
+
 def test_calibrations_of_other_models_are_refused(calibration):
     with pytest.raises(ConfigError, match="scores of 3 layers, the model has 4"):
         layer_orders(4, str(calibration))

@@ -182,6 +182,19 @@ def test_results_of_another_configuration_are_kept(settings, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluate.run.json"}
 
 
+def test_images_that_cannot_be_shuffled_are_noticed_before_the_model_is_loaded(settings, tmp_path):
+    given = {**settings, "checkpoint": "nowhere", "output": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="task 'colour': images cannot be shuffled"):
+        evaluate.run(evaluate.Config(**given, blind=True, limit=1))
+
+
+def test_other_peoples_models_are_sent_to_bench(settings, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}, "text_config": {}}')
+    given = {**settings, "checkpoint": str(tmp_path), "output": str(tmp_path / "out")}
+    with pytest.raises(CheckpointError, match=r"holds a model of transformers \(llava\); .* skipvision bench"):
+        evaluate.run(evaluate.Config(**given))
+
+
 def test_plan_of_another_depth(settings, tmp_path):
     vskip([1]).bind(5).save(tmp_path / "deep.json")
     spec = PlanSpec("file", path=str(tmp_path / "deep.json"))

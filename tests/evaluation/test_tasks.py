@@ -96,6 +96,7 @@ def test_fields_of_other_shapes_do_not_disturb_training(tmp_path):
             {"metric": "multiple_choice_likelihood", "answer": "x", "choices": ["x", "y", "y"]},
             "'choices' has 3; at least 2 different texts",
         ),
+        ({"metric": "multiple_choice_likelihood", "answer": "x", "choices": ["x", "y", " "]}, "holds an empty text"),
         ({"metric": "multiple_choice", "answer": "A", "choices": ["x"] * 27}, "'choices' must be a list of at most 26"),
         ({"metric": "mme", "category": "count", "group": True}, "'group' must be a text, found a boolean"),
         ({"metric": "mme", "category": "smell", "group": "1"}, "'category' is 'smell'; MME has existence"),

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_vlms import make_family
+from transformers import GenerationConfig
 
+from skipvision_train.adapters.chat import chat_messages
 from skipvision_train.calibration.bank import BankFacts, PlanBank
 from skipvision_train.config.plans import PlanSpec
 from skipvision_train.data.records import Turn
@@ -202,6 +205,54 @@ def test_opened_from_a_directory(ours, pictures, tmp_path):
 def test_conversations_that_cannot_be(pictures, make, message):
     with pytest.raises(DataError, match=message):
         make(pictures)
+
+
+def test_only_a_users_marker_is_an_image(pictures):
+    turns = [Turn("system", "an <image>"), Turn("user", "<image> w1"), Turn("assistant", "<image>"), Turn("user", "w2")]
+    said = [[part.get("text", part.get("image")) for part in m["content"]] for m in chat_messages(turns, pictures[:1])]
+    assert said == [["an <image>"], [pictures[0], "w1"], ["<image>"], ["w2"]]
+    family = make_family("qwen2_5_vl")  # without a chat template
+    theirs = Assistant(family.model.eval(), family.processor)
+    kinds = [
+        theirs.kinds(theirs.encode([Conversation.begin(system).ask("w1", pictures[:1])]))
+        for system in ("an <image> w3", "an w5 w3")
+    ]
+    assert torch.equal(*kinds)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_models_generation_settings_choose_no_token(assistant, questions, pictures, temperature):
+    conversation, sampling = Conversation().ask(questions[0], pictures[:1]), Sampling(6, temperature, seed=3)
+    plain = assistant.reply(conversation, sampling)
+    tokens, own = assistant.processor.tokenizer, assistant.model.generation_config
+    settings = [
+        {"repetition_penalty": 5.0},
+        {"guidance_scale": 3.0},
+        {"num_beams": 2},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"stop_strings": [plain.text[-1]]},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[i] for i in tokens(plain.text, add_special_tokens=False)["input_ids"]]},
+        {"forced_eos_token_id": 1},
+        {"min_p": 1.0, "typical_p": 0.1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5},
+        {"max_length": 3, "max_time": 1e-9, "do_sample": temperature == 0},
+        {"sequence_bias": [[[7], 100.0]], "suppress_tokens": [1, 2], "begin_suppress_tokens": [3]},
+    ]
+    for given in settings:
+        assistant.model.generation_config = GenerationConfig(**{"eos_token_id": own.eos_token_id, **given})
+        reply = assistant.reply(conversation, sampling)
+        assert (reply.text, reply.tokens) == (plain.text, plain.tokens), given
+
+
+def test_a_models_generation_settings_say_what_ends_an_answer(pictures):
+    family = make_family("llava")
+    theirs, conversation = Assistant(family.model.eval(), family.processor), Conversation().ask("w1 w2")
+    whole = theirs.answer(inputs := theirs.encode([conversation]), SHORT)[0]
+    first = int(theirs.model(**inputs).logits[0, -1].argmax())
+    theirs.model.generation_config.eos_token_id = [first]
+    assert (whole.tokens, theirs.reply(conversation, SHORT).tokens) == (6, 1)
 
 
 def test_nothing_asked(ours):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +188,18 @@ def test_liger_without_liger_is_refused():
         check_loss("liger")
     for kind in LOSSES[:2]:
         check_loss(kind)
+
+
+def test_under_zero3_the_head_is_gathered_for_itself_alone():
+    """A look at its weight from outside its forward would make the whole model hold it from the first layer on."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, [tests, tests / "models", tests / "support", tests.parent]))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", str(tests / "support" / "gathered_head.py")],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-9000:]
+    assert "gathered 0 of 9 steps in slices 3" in done.stdout
 
 
 PLANS = {

@@ -132,11 +132,16 @@ def test_a_batch_chooses_how_many_queries_it_uses(config_factory):
         assert model(**fewer).logits.shape == (2, 6, 320)
 
 
-def test_beams_carry_all_tiles_of_their_row(config_factory):
-    model = build(config_factory, "sv_llava_hd")
+@pytest.mark.parametrize("name", ["sv_llava_hd", "mqt_tiles"])
+def test_beams_carry_all_tiles_of_their_row(config_factory, name, monkeypatch):
+    """With the elastic number of queries, too, where tokens alone do not tell how many tiles there are."""
+    monkeypatch.setitem(SETTINGS, "mqt_tiles", (*SETTINGS["mqt"][:2], SETTINGS["sv_llava_hd"][2]))
+    model = build(config_factory, name)
     batch = make_batch(model, [[5, "i", 6, "i"], ["i", 7, 8]], [2, 4, 3])
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     together = model.generate(**batch, num_beams=3, **options)[:, batch["input_ids"].shape[1] :]
+    listed = model.generate(**batch | {"image_tiles": [2, 4, 3]}, num_beams=3, **options)
+    assert torch.equal(listed[:, batch["input_ids"].shape[1] :], together)
     for i, (row, own, start) in enumerate([([5, "i", 6, "i"], [2, 4], 0), (["i", 7, 8], [3], 6)]):
         single = make_batch(model, [row], own)
         single["pixel_values"] = batch["pixel_values"][start : start + sum(own)]

@@ -243,6 +243,19 @@ def test_generation_evicts_skipped_tokens_and_keeps_the_first_token(model):
     assert [a - b for a, b in zip(lengths["all"], lengths["evict"], strict=True)] == [skipped] * LAYERS
 
 
+@pytest.mark.parametrize("plan", [dense().bind(LAYERS), vskip([1]).bind(LAYERS)], ids=lambda p: p.name)
+def test_images_onto_a_filled_cache_are_refused(model, plan):
+    model.set_plan(plan)
+    first, whole = batch(model, [row(model, 5, "i", 6)]), batch(model, [row(model, 5, "i", 6, 7, "i", 8)])
+    rest = {**whole, "input_ids": whole["input_ids"][:, first["input_ids"].shape[1] :]}
+    rest["pixel_values"] = whole["pixel_values"][1:]
+    cache = model(**first, past_key_values=DynamicCache()).past_key_values
+    with pytest.raises(ValueError, match=r"^pixel_values: images cannot follow on a filled KV cache"):
+        model(**rest, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"^pixel_values: images cannot follow on a filled KV cache"):
+        model.generate(**whole | {"pixel_values": rest["pixel_values"]}, past_key_values=cache, max_new_tokens=2)
+
+
 def test_beams_carry_the_images_of_their_row(model):
     rows = [row(model, "i", 8, "i", 9), row(model, 5, "i", 6)]
     inputs = batch(model, rows)

@@ -1,9 +1,11 @@
 """The executor against stock transformers and against its own invariants."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -16,18 +18,22 @@ from transformers import (
 
 from skipvision_train.errors import PlanError
 from skipvision_train.plans import (
+    Drop,
     LayerRule,
     SkipPlan,
     TokenKind,
+    TokenLayout,
     attach,
     compose,
     dense,
     fastv,
     ffn_skip,
     find_decoder,
+    pyramiddrop,
     shortv,
     skip_ffn,
     vskip,
+    vtw,
 )
 from skipvision_train.plans.attention import put_rows
 from skipvision_train.plans.stages import Census, LiveTokens, select_queries
@@ -285,6 +291,43 @@ def test_attach_errors(kit, model):
     with attach(model, PLANS["vskip"]), pytest.raises(PlanError, match="'shortv': plan 'vskip' is attached"):
         attach(model, PLANS["shortv"])
     attach(model, PLANS["shortv"]).detach()
+
+
+def test_layers_over_several_devices_are_refused(kit, model):
+    """As accelerate's dispatch leaves them; before a plan came, or with the plan that a model was built with."""
+    layout = kit.layout_of("trst")
+    attachment = attach(model, PLANS["vskip"])
+    add_hook_to_module(model.model.layers[1], AlignDevicesHook("cpu", io_same_device=True))
+    with pytest.raises(PlanError, match=r"^plan 'vskip': the model's layers are spread over devices \(device_map\)"):
+        model(kit.ids_for(layout), token_layout=layout)
+    attachment.detach()
+    add_hook_to_module(model.model.layers[1], AlignDevicesHook("cpu", io_same_device=True))
+    with pytest.raises(PlanError, match="spread over devices"):
+        attach(model, PLANS["vskip"])
+    attach(model, dense())
+
+
+@pytest.mark.parametrize("plan", [fastv(1, 0.5), pyramiddrop((1, 2), (0.5, 0.25)), vtw(1)], ids=lambda plan: plan.name)
+def test_an_answer_behind_the_image_is_predicted_in_training_as_in_use(kit, model, plan):
+    """The token that predicts it, and ranks the others, is a visual one: it may not leave."""
+    prompt, both = kit.layout_of("t" + "r" * 8), kit.layout_of("t" + "r" * 8 + "tt")
+    ids = kit.ids_for(both)
+    labels = torch.where(torch.arange(11) > 8, ids, -100)
+    with attach(model, plan):
+        trained = model(ids, token_layout=replace(both.with_labels(labels), read=None)).logits[:, 8]
+        used = model(ids[:, :9], token_layout=prompt).logits[:, 8]
+    torch.testing.assert_close(trained, used, atol=2e-6, rtol=1e-5)
+
+
+def test_recycling_of_packed_documents_is_refused(kit, model):
+    layout = kit.layout_of("trrrrttrrrrt")
+    layout = TokenLayout.from_kinds(layout.kinds, torch.arange(12)[None] // 6)
+    plan = SkipPlan("recycle", (LayerRule(),) * 3, drops=(Drop(1, 1, score="last_token", recycle=True),))
+    with (
+        attach(model, plan),
+        pytest.raises(PlanError, match=r"^drop\.recycle: makes new tokens of prompts, not of"),
+    ):
+        model(kit.ids_for(layout), token_layout=layout)
 
 
 def test_call_errors(kit, model):

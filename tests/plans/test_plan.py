@@ -115,6 +115,8 @@ def test_a_bad_file_is_refused_by_name(tmp_path, change, message):
 
 
 def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(PlanError, match=rf"^{tmp_path}: cannot be read as a plan file: Is a directory"):
+        SkipPlan.load(tmp_path)
     with pytest.raises(PlanError, match=r"none.json: no such plan file"):
         SkipPlan.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"name": ')

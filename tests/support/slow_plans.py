@@ -89,7 +89,11 @@ class SlowSequence:
 
     def ranked(self, drop: Drop) -> list[int]:
         """The live tokens that a drop may remove, in causal order."""
-        return [i for i in self.live if i < self.prompt - 1 and self.kinds[i] in drop.kinds]
+        return [i for i in self.live if self.may_leave(i, drop)]
+
+    def may_leave(self, i: int, drop: Drop) -> bool:
+        """Whether it is ranked: neither the last token nor one that asks ever is."""
+        return self.kinds[i] in drop.kinds and i < self.prompt - 1 and i not in self.asking
 
     def rating(self, drop: Drop) -> list[int]:
         """Who ranks: the asking tokens, or the text behind the image that resembles it more than average."""
@@ -124,7 +128,7 @@ class SlowSequence:
         if drop.score != "none" and not self.asking:
             return h
         if isinstance(drop.keep, float):
-            original = sum(kind in drop.kinds for kind in self.kinds[: self.prompt - 1])
+            original = sum(self.may_leave(i, drop) for i in range(len(self.kinds)))
             amount = {"nearest": round, "down": math.floor}[drop.rounding](round(drop.keep * original, 6))
         if len(ranked) <= amount:
             return h

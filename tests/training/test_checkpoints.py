@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from skipvision_train.training.checkpoints import (
     read_marker,
     remove_old,
     set_aside,
+    shared_checksums,
     writing,
     written_files,
 )
@@ -149,6 +152,43 @@ def test_everything_is_on_the_disk_before_the_marker_is_there(tmp_path, monkeypa
     assert synced[-1] == (path, True)
 
 
+@pytest.mark.parametrize("blind", [0, 1])
+def test_files_that_one_process_does_not_see_yet_are_shared_out_all_the_same(tmp_path, monkeypatch, blind):
+    """Listings of a network's file system: one process's lacks two files that another node has just written."""
+    path, listed = make(tmp_path, 3, complete=False), checkpoints.written_files
+    for number in range(4):
+        (path / f"rng_{number}.pth").write_bytes(bytes(10 * (number + 1)))
+    me, meeting, said = threading.local(), threading.Barrier(2), [[], []]
+
+    def listing(directory):
+        unseen = ("shards/0.pt", "rng_2.pth") if me.rank == blind else ()
+        return [name for name in listed(directory) if name not in unseen]
+
+    def gather(mine):
+        said[me.rank] = mine
+        meeting.wait(5)
+        everything = said[0] + said[1]
+        meeting.wait(5)
+        return everything
+
+    def save(rank):
+        me.rank = rank
+        sums = shared_checksums(path, rank, 2, gather)
+        if rank == 0:
+            mark_complete(path, INFO, sums)
+        return sums
+
+    monkeypatch.setattr(checkpoints, "written_files", listing)
+    read = []
+    monkeypatch.setattr(checkpoints, "checksum", lambda file, durable: read.append((me.rank, file.name)) or 7)
+    with ThreadPoolExecutor(2) as pool:
+        sums = list(pool.map(save, range(2)))
+    assert sums[0] == sums[1] == dict.fromkeys(listed(path), 7)
+    assert json.loads((path / MARKER).read_text())["crc32"] == sums[0]
+    assert sorted(name for _, name in read) == sorted(Path(name).name for name in listed(path))
+    assert {rank for rank, _ in read} == {0, 1}
+
+
 def test_order_is_by_number(tmp_path):
     for step in (9, 10, 100):
         make(tmp_path, step)
@@ -223,6 +263,23 @@ def test_publishing_renames_a_whole_model(tmp_path):
     publish_model(partial, final, {"a": (2, 3), "b": (4,)})
     assert final.is_dir()
     assert not partial.exists()
+
+
+def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    partial, final, synced = tmp_path / "model.partial", tmp_path / "model", []
+    (partial / "template").mkdir(parents=True)
+    save_file({"a": torch.zeros(2)}, partial / "model.safetensors")
+    (partial / "config.json").write_text("{}")
+    (partial / "template" / "x.jinja").write_text("x")
+
+    def fsync(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), final.exists()))
+
+    monkeypatch.setattr(checkpoints.os, "fsync", fsync)
+    publish_model(partial, final, {"a": (2,)})
+    files = {partial / name for name in ("model.safetensors", "config.json", "template/x.jinja")}
+    assert {path for path, named in synced if not named} == files | {partial, partial / "template"}
+    assert [path for path, named in synced if named] == [tmp_path]
 
 
 def test_publishing_reads_back(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from interrupted import InterruptAfter, InterruptionError
 from safetensors.torch import load_file
 
 from skipvision_train.training.callbacks import read_metrics
-from skipvision_train.training.checkpoints import newest_complete
+from skipvision_train.training.checkpoints import all_checkpoints, newest_complete
 from skipvision_train.training.run import run_stage
 
 
@@ -55,6 +56,20 @@ def test_with_no_sound_checkpoint_the_run_begins_anew(make_cfg, tmp_path, caplog
         run_stage(cfg)
     assert "start from step 0" in caplog.text
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", ["stage.schedule=constant", "stage.ema_decay=0.5"])
+def test_a_run_that_died_behind_its_last_checkpoint_takes_no_further_step(make_cfg, tmp_path, change):
+    """An epoch has three steps: the last one of two is in the middle of it."""
+    cfg = make_cfg("trainer.max_steps=2", change)
+    first = load_file(run_stage(cfg) / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "model")
+    saved = (tmp_path / "run" / "checkpoint-2" / "COMPLETE.json").stat().st_mtime_ns
+    again = load_file(run_stage(cfg) / "model.safetensors")
+    assert all(torch.equal(again[key], first[key]) for key in first)
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert [step for step, _ in all_checkpoints(tmp_path / "run")] == [2]
+    assert (tmp_path / "run" / "checkpoint-2" / "COMPLETE.json").stat().st_mtime_ns == saved
 
 
 def words(workspace, run, *changes):

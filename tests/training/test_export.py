@@ -16,7 +16,9 @@ from skipvision_train.commands.export import Config, run
 from skipvision_train.errors import CheckpointError, ConfigError
 from skipvision_train.models.modeling import SkipVisionForConditionalGeneration
 from skipvision_train.training.checkpoints import CheckpointInfo, mark_complete
+from skipvision_train.training.ema import averaged
 from skipvision_train.training.export import read_state
+from skipvision_train.training.lora import ADAPTERS
 from skipvision_train.training.run import run_stage
 
 
@@ -42,6 +44,36 @@ def test_a_checkpoint_exports_to_what_the_finished_model_is(checkpoint, trained,
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (trained / "model").iterdir()}
     SkipVisionForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["stage.ema_decay=0.5", "stage.lora={rank: 3, alpha: 6, targets: [q_proj, down_proj]}"]
+)
+def test_the_finished_model_comes_out_again(make_cfg, tmp_path, option):
+    """Of the last checkpoint, and of the model itself; adapters are no weights of it."""
+    final = run_stage(make_cfg("trainer.max_steps=2", "stage.warmup_ratio=0", option))
+    theirs = load_file(final / "model.safetensors")
+    for source in (final.parent / "checkpoint-2", final):
+        output = tmp_path / f"out-{source.name}"
+        run(Config(str(source), str(output)))
+        ours = load_file(output / "model.safetensors")
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert {p.name for p in output.iterdir()} == {p.name for p in final.iterdir()}
+    if (final / ADAPTERS).exists():
+        assert (output / ADAPTERS).read_bytes() == (final / ADAPTERS).read_bytes()
+
+
+@pytest.mark.parametrize("stored", [("a", "b"), ("a",), ("b",)])
+def test_the_average_reaches_a_tied_weight_under_either_name(stored):
+    state = {name: torch.zeros(2).bfloat16() for name in stored} | {"frozen": torch.ones(1)}
+    found = averaged(state, {"a": torch.full((2,), 3.0)}, {"b": "a"})
+    assert set(found) == {*stored, "frozen"}
+    assert found["frozen"] == 1
+    for name in stored:
+        assert found[name].dtype == torch.bfloat16
+        assert found[name].data_ptr() == found[stored[0]].data_ptr()
+        assert found[name].tolist() == [3.0, 3.0]
 
 
 def test_bf16(checkpoint, trained, tmp_path):
@@ -104,7 +136,7 @@ def test_remains_of_a_former_export_are_removed(checkpoint, tmp_path):
 
 
 def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors and no shards of DeepSpeed"):
+    with pytest.raises(CheckpointError, match=r"holds no model\*\.safetensors and no shards of DeepSpeed"):
         read_state(tmp_path, None)
     with pytest.raises(CheckpointError, match="dtype fp32, but it holds no weights"):
         read_state(tmp_path, "fp32")

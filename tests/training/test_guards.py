@@ -149,6 +149,25 @@ def test_a_run_continues_with_the_count_of_its_checkpoint(tmp_path):
         assert again.count == count
 
 
+@pytest.mark.parametrize(("lost", "kept"), [(1, [3, 5]), (40, [3]), (100, [])])
+def test_a_cut_last_line_is_forgiven_and_the_next_one_stands_alone(tmp_path, lost, kept):
+    """As SIGKILL or a full disk leaves it; without its last character, the line's end, the line is whole."""
+    path, batch = tmp_path / "n.jsonl", BatchLoss(0, None, ("7 of a",))
+    first = NonfiniteGuard(9, path, writes=True)
+    for step in (3, 5):
+        first.skipped(step, [batch])
+    whole = path.read_text()
+    path.write_text(whole[:-lost])
+    other = NonfiniteGuard(9, path, writes=False)
+    other.begin(6)
+    assert path.read_text() == whole[:-lost]
+    guard = NonfiniteGuard(9, path, writes=True)
+    guard.begin(6)
+    assert guard.count == other.count == len(kept)
+    guard.skipped(8, [batch])
+    assert [row["step"] for row in map(json.loads, path.read_text().splitlines())] == [*kept, 8]
+
+
 def test_only_the_writing_process_writes(tmp_path):
     guard = NonfiniteGuard(1, tmp_path / "n.jsonl", writes=False)
     guard.begin(0)

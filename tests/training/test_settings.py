@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerControl, TrainerState
 
 from skipvision_train.config.specs import DeepSpeedSpec, TrainerSpec
+from skipvision_train.errors import ConfigError
 from skipvision_train.training.arguments import training_arguments
 from skipvision_train.training.batching import BatchArithmetic
 from skipvision_train.training.callbacks import MetricsFile, read_metrics
 from skipvision_train.training.deepspeed_config import render
+from skipvision_train.training.run import prepare_environment
 
 
 def test_zero2():
@@ -43,6 +47,36 @@ def test_warmup(make_cfg, ratio, steps, warmup):
     assert arguments.warmup_steps == warmup
     assert arguments.max_steps == steps
     assert arguments.average_tokens_across_devices
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """As torch sees a machine with four; nothing is computed on them."""
+    PartialState(cpu=True)  # before: it would ask the driver
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_without_a_launcher_takes_one_of_several_gpus(make_cfg, four_gpus, caplog):
+    cfg = make_cfg("trainer.per_device_batch=2")
+    arguments = training_arguments(cfg, BatchArithmetic.of(cfg.trainer, 100, 1))
+    assert not arguments.use_cpu
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 2)
+    assert "one of this machine's 4 GPUs" in caplog.text
+
+
+def test_a_process_without_a_gpu_is_refused(make_cfg, four_gpus, monkeypatch):
+    for rank in ("0", "3"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        prepare_environment(make_cfg())
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(
+        ConfigError, match=r"^PROCESSES: process number 5 of this machine has no GPU: there are 4, .* PROCESSES=4$"
+    ):
+        prepare_environment(make_cfg())
 
 
 def test_metrics_file_is_cut_back_on_resume(tmp_path):
